@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -12,6 +12,17 @@ from . import probe, replay
 from .kernels import Call, KeyGradients
 from .plan import RowPlan
 from .schedules import gather, ring, ulysses
+
+
+class Settings(TypedDict, total=False):
+    """What may be asked for by name, as `attention` has it."""
+
+    scale: float | None
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout_p: float
 
 
 def attention(
@@ -54,7 +65,18 @@ def attention(
         # As PyTorch's own attention under autocast: rotary embeddings may have left queries and
         # keys in float32.
         q, k, v = (x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-    call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    call = _check(
+        q,
+        k,
+        v,
+        plan,
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        softcap=softcap,
+        sinks=sinks,
+        dropout_p=dropout_p,
+    )
     with torch.autocast(kind, enabled=False):
         return _Attention.apply(q, k, v, sinks, call)
 
@@ -64,22 +86,17 @@ def attention_forward(
     k: Tensor,
     v: Tensor,
     plan: RowPlan,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    chunk: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, Tensor]:
-    """`attention` without autograd, and the log-sum-exp that `attention_backward` needs.
+    """`attention` without autograd, by the same arguments, and the log-sum-exp that
+    `attention_backward` needs.
 
     Returns out [T/n, H, Dv] and lse [H, T/n], natural logarithm, float32 (float64 for float64), the
     sinks included.
     """
-    call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    call = _check(q, k, v, plan, **settings)
     with torch.no_grad():
-        out, lse, _ = _forward(q, k, v, sinks, call)
+        out, lse, _ = _forward(q, k, v, settings.get("sinks"), call)
         # [H/u, u * T/n] -> [H, T/n]
         lse = ulysses.to_rows(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
     return out, lse
@@ -93,35 +110,22 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     plan: RowPlan,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    chunk: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dq, dk, dv, dsinks of `attention_forward`, in the inputs' dtypes. dsinks is this rank's
     share: the gradient is its sum over ranks.
 
     Heads are independent: a call with some of the heads, their share of out and lse, and their key
     heads gives those heads' gradients.
+
+    Args:
+        dout: [T/n, H, Dv], the gradient of out.
+        q, k, v, plan, settings: as of the forward pass.
+        out, lse: what that gave.
+    Raises:
+        ValueError: as `attention`; out, dout and lse that do not belong to q.
     """
-    dq, of_keys, dsinks = attention_backward_in_parts(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        plan,
-        scale=scale,
-        window=window,
-        chunk=chunk,
-        softcap=softcap,
-        sinks=sinks,
-        dropout_p=dropout_p,
-    )
+    dq, of_keys, dsinks = attention_backward_in_parts(dout, q, k, v, out, lse, plan, **settings)
     return dq, *of_keys(), dsinks
 
 
@@ -133,22 +137,13 @@ def attention_backward_in_parts(
     out: Tensor,
     lse: Tensor,
     plan: RowPlan,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    chunk: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    dropout_p: float = 0.0,
+    **settings: Unpack[Settings],
 ) -> tuple[Tensor, KeyGradients, Tensor | None]:
     """`attention_backward` for a caller that has something to compute of dq alone: dk and dv come
     of a function, which waits for the parts that other ranks have computed. It is called once: what
     it needs is given up then.
-
-    Heads are independent: a call with some of the heads, their share of out and lse, and their key
-    heads gives those heads' gradients.
     """
-    call = _check(q, k, v, plan, scale, window, chunk, softcap, sinks, dropout_p)
+    call = _check(q, k, v, plan, **settings)
     if (
         lse.shape != (q.shape[1], q.shape[0])
         or out.shape != (*q.shape[:2], v.shape[2])
@@ -159,10 +154,11 @@ def attention_backward_in_parts(
             f" belong to q {tuple(q.shape)}."
         )
     with torch.no_grad():
+        # [H, T/n] -> [H/u, u * T/n]
         lse = (
             ulysses.to_heads(lse.t().unsqueeze(-1), plan.axes.ulysses).squeeze(-1).t().contiguous()
         )
-        return _backward(dout, _to_heads(q, k, v, out, call), lse, sinks, call)
+        return _backward(dout, _to_heads(q, k, v, out, call), lse, settings.get("sinks"), call)
 
 
 def _forward(
@@ -276,12 +272,13 @@ def _check(
     k: Tensor,
     v: Tensor,
     plan: RowPlan,
-    scale: float | None,
-    window: int | None,
-    chunk: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    dropout_p: float,
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> Call:
     """Everything that could fail on one rank only, or in the middle of an exchange, fails here."""
     if dropout_p:
