@@ -169,6 +169,11 @@ SETTINGS: dict[str, Setting] = {
     "14b-8-layers-full-32k": Setting("qwen2.5-14b", 8, 32768, PT | FULL),
     "moe-6-layers-full-16k": Setting("qwen3-30b-a3b", 6, 16384, PT | FULL),
     "moe-6-layers-lora-32k": Setting("qwen3-30b-a3b", 6, 32768, SFT | LORA),
+    # experts' temporaries, near the memory of one H200
+    "moe-6-layers-full-128k": Setting("qwen3-30b-a3b", 6, 131072, PT | FULL, (1,)),
+    "moe-6-layers-lora-128k": Setting("qwen3-30b-a3b", 6, 131072, PT | LORA, (1,)),
+    "gpt-oss-6-layers-full-96k": Setting("gpt-oss-20b", 6, 98304, PT | FULL, (1,)),
+    "gpt-oss-6-layers-lora-128k": Setting("gpt-oss-20b", 6, 131072, PT | LORA, (1,)),
     "gemma-12-layers-full-32k": Setting("gemma-3-12b", 12, 32768, PT | FULL),
     "gemma-12-layers-lora-64k": Setting("gemma-3-12b", 12, 65536, SFT | LORA),
     # windows and sinks, and recurrent layers, where attention is most of a step

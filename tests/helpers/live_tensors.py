@@ -28,14 +28,17 @@ class Peak(TorchDispatchMode):
         for t in tree_leaves(out):
             if not isinstance(t, torch.Tensor):
                 continue
-            storage = t.untyped_storage()
-            if storage._cdata in known or storage._cdata in self.seen:
-                continue
-            self.seen.add(storage._cdata)
-            self.live += storage.nbytes()
-            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
+            if t.untyped_storage()._cdata not in known:
+                self.add(t.untyped_storage())
         return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self.seen:
+            return
+        self.seen.add(storage._cdata)
+        self.live += storage.nbytes()
+        weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
 
     def free(self, key: int, size: int) -> None:
         self.seen.discard(key)

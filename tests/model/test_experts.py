@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
+from longfactory.memory.expert_forms import gates_clamped, gates_plainly, of_interface
 from longfactory.model import experts
 from longfactory.model.adapters import apply_finetuning
 from longfactory.model.trained_parameters import describe_trained
@@ -270,7 +271,7 @@ def block_of(family: str, seed: int) -> Any:
     model.set_experts_implementation("grouped_mm")
     experts.install_grouped(model)
     experts.install_grouped(model)
-    block = next(m for m in model.modules() if experts.of_interface(m))
+    block = next(m for m in model.modules() if of_interface(m))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in block.parameters():
@@ -382,7 +383,7 @@ def test_products_beside_messages_leave_processors_to_them(monkeypatch: pytest.M
     expected = run_block(block, 0, dtype=torch.float64)
     assert events == []
     experts.beside_messages(block)
-    held = next(m for m in block.modules() if experts.of_interface(m))
+    held = next(m for m in block.modules() if of_interface(m))
     for name, p in held.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: events.append(name))
     assert_equal(run_block(block, 0, dtype=torch.float64), expected)
@@ -405,7 +406,7 @@ def test_a_run_trains_through_the_grouped_experts() -> None:
     config = model.config
     args = ModelArguments(model_name_or_path="unused", train_from_scratch=True)
     made = load.load_model(args, config, torch.float32, attention="sdpa")
-    held = [m for m in made.modules() if experts.of_interface(m)]
+    held = [m for m in made.modules() if of_interface(m)]
     assert held and all("forward" in vars(m) for m in held)
 
 
@@ -413,8 +414,8 @@ def test_a_run_trains_through_the_grouped_experts() -> None:
 def test_the_gate_of_gpt_oss_is_its_own(biased: bool) -> None:
     """Values and gradients, inside and beyond the limits, against the module's own gate."""
     model = tiny_model("gpt_oss")
-    base: Any = next(m for m in model.modules() if experts.of_interface(m))
-    assert experts._gates_clamped(base) and not experts._gates_plainly(base)
+    base: Any = next(m for m in model.modules() if of_interface(m))
+    assert gates_clamped(base) and not gates_plainly(base)
     x = 6 * torch.randn(40, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[0, :4] = torch.tensor([base.limit, -base.limit, -base.limit, base.limit])
     assert (x.abs() > base.limit).any()

@@ -18,6 +18,7 @@ from longfactory.memory.seconds import seconds
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import ModelShape, TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, techniques
+from longfactory.memory.temporaries import temporary_bytes
 from longfactory.sp import sparse
 from longfactory.sp.recurrent.heads import WORKSPACE
 
@@ -227,7 +228,7 @@ def _bare_layer(job: TrainingJob, kind: LayerKind) -> LayerMoments:
     # what a recurrence stores, and the gradients of a third of it at once; some heads' chunks
     peak += 1.3 * kind.recurrent_bytes
     chunks = min(kind.recurrent_workspace * job.local, WORKSPACE) + _masked_bytes(job, kind)
-    after += job.temporary_bytes(kind) + kind.recurrent_bytes
+    after += temporary_bytes(job, kind) + kind.recurrent_bytes
     return LayerMoments(peak * job.local + chunks, after * job.local)
 
 

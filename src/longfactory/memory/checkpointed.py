@@ -25,6 +25,7 @@ from longfactory.memory.offload import Activations, LayerInput, Pair
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, StepMoments, Technique, Work
+from longfactory.memory.temporaries import beyond_stored_bytes, stored_expert_bytes
 from longfactory.sp import keep
 
 
@@ -175,7 +176,7 @@ def _checkpoint_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     stored = job.local * sum(
         count * stored_of_a_token(job, kind) for kind, count in job.shape.layers_of_kinds
     )
-    within = job.local * max(job.temporary_bytes(kind) for kind in job.shape.kinds) / 2
+    within = job.local * max(beyond_stored_bytes(job, kind) for kind in job.shape.kinds)
     items = {"activations": StepMoments(stored, stored + within, within)}
     if cast:
         items[CAST] = StepMoments(cast, cast, 0.0)
@@ -209,12 +210,8 @@ def stored_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     if kind.chooses(job.tokens):
         stored += 4.0 * kind.chosen
     if kind.experts:
-        # the input and the output of each expert, the output alone of a frozen one; what its
-        # gate is made of, and gives; its place in the order, twice
-        frozen = shape.adapters and not shape.adapted_experts
-        sides, parts = (1, 2) if frozen else (2, 3)
-        numbers = sides * kind.used * hidden + parts * kind.expert_width
-        stored += width * numbers + 20.0 * kind.used + 4.0 * kind.experts
+        # and its place in the order, twice
+        stored += stored_expert_bytes(job, kind) + 20.0 * kind.used + 4.0 * kind.experts
     return stored + job.router_bytes(kind)
 
 

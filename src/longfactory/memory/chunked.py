@@ -27,6 +27,7 @@ from longfactory.memory.layer_ops import autocast_as_now, wide
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
+from longfactory.memory.temporaries import temporary_bytes
 from longfactory.sp.position import at
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
@@ -322,7 +323,7 @@ def _fixed(arguments: Any) -> dict[str, Any]:
 def _bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     """The temporaries of one chunk in place of those of all local tokens."""
     chunk = min(settings.mlp_chunk or job.local, job.local)
-    most = max(job.temporary_bytes(kind) for kind in job.shape.kinds)
+    most = max(temporary_bytes(job, kind) for kind in job.shape.kinds)
     return Bytes(layer=LayerMoments(after_attention=(chunk - job.local) * most))
 
 

@@ -46,6 +46,11 @@ from longfactory.memory.offload import Activations, LayerInput
 from longfactory.memory.settings import MemorySettings
 from longfactory.memory.shapes import TrainingJob
 from longfactory.memory.technique import Bytes, LayerMoments, StepMoments, Technique, Work
+from longfactory.memory.temporaries import (
+    beyond_saved_bytes,
+    stored_expert_bytes,
+    temporary_bytes,
+)
 from longfactory.sp import probe
 
 log = logging.getLogger(__name__)
@@ -478,11 +483,22 @@ def _mlp_of_a_token(job: TrainingJob, kind: LayerKind) -> float:
     width = job.shape.width
     if not kind.experts:
         return float(width * (kind.hidden + 2 * kind.dense_width))
-    # what experts are given and make; gate, up and their product; what the output projection gives,
-    # the mixture's input and its output; the order, and the router's
-    numbers = 2 * kind.used * kind.hidden + 3 * kind.expert_width + 3 * kind.hidden
-    numbers += 4 * kind.dense_width
-    return width * numbers + 40.0 * kind.used + 8.0 * kind.experts + job.router_bytes(kind)
+    # what the output projection gives, the mixture's input and its output; the order, and the
+    # router's
+    numbers = 3 * kind.hidden + 4 * kind.dense_width
+    routes = 40.0 * kind.used + 8.0 * kind.experts + job.router_bytes(kind)
+    return width * numbers + stored_expert_bytes(job, kind) + routes
+
+
+def _at_hand(job: TrainingJob, settings: MemorySettings) -> float:
+    """Bytes of a layer's temporaries that are among what is saved of it."""
+    chunk = min(settings.mlp_chunk or job.local, job.local)
+    whole = max(temporary_bytes(job, kind) for kind in job.shape.kinds)
+    beyond = max(
+        beyond_saved_bytes(job, kind) if job.written(kind) else temporary_bytes(job, kind)
+        for kind in job.shape.kinds
+    )
+    return chunk * (whole - beyond)
 
 
 def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
@@ -491,7 +507,10 @@ def _mlp_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:
     layers = _mlp_layers(job, settings.keep_mlp)
     each = [job.local * _mlp_of_a_token(job, kind) for kind in layers]
     whole = sum(each)
-    return Bytes({MLP_PRODUCTS: StepMoments(whole, whole, max(each, default=0.0))})
+    return Bytes(
+        {MLP_PRODUCTS: StepMoments(whole, whole, max(each, default=0.0))},
+        layer=LayerMoments(after_attention=-_at_hand(job, settings)),
+    )
 
 
 def _mlp_work(job: TrainingJob, settings: MemorySettings) -> Work:

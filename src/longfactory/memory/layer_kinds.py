@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from longfactory.memory.expert_forms import gates_in_one_kernel, have_biases
 from longfactory.memory.layer.description import LayerParts
 from longfactory.memory.layer.families import FAMILIES
 from longfactory.memory.layer.recognise import recognise
@@ -75,6 +76,9 @@ class LayerKind:
         wide_router: the router computes with its input in fp32: where its weight is trained,
             autograd stores that copy.
         gates: numbers of one token's gate on attention's output, in the hand-written function.
+        one_kernel_gate: routed experts are computed by `model.experts`, with a gate that stores its
+            input alone.
+        expert_biases: routed experts have biases.
     """
 
     heads: int
@@ -102,6 +106,8 @@ class LayerKind:
     scored: float = 0.0
     wide_router: bool = False
     gates: int = 0
+    one_kernel_gate: bool = False
+    expert_biases: bool = False
 
     @property
     def active_expert_parameters(self) -> int:
@@ -122,6 +128,11 @@ class LayerKind:
     def expert_width(self) -> int:
         """As `dense_width`, of the experts that one token passes."""
         return self.active_expert_parameters // (3 * self.hidden)
+
+    @property
+    def shared_width(self) -> int:
+        """As `dense_width`, of what stands beside routed experts and their router."""
+        return max(0, self.dense_parameters - self.experts * self.hidden) // (3 * self.hidden)
 
     @property
     def queries(self) -> int:
@@ -224,6 +235,8 @@ def _kind(layer: nn.Module, config: Any, index: int) -> LayerKind:
         *_choice(layer),
         bool(experts) and _wide_router(layer),
         0 if isinstance(parts, str) else _gates(parts),
+        gates_in_one_kernel(layer),
+        have_biases(layer),
     )
 
 

@@ -593,22 +593,6 @@ class TrainingJob:
         copies = kind.wide_router and not self.shape.adapters and not self.wide_hidden
         return 4 * kind.hidden if copies else 0
 
-    def temporary_bytes(self, kind: LayerKind) -> int:
-        """Of one token's temporaries in the MLP, projections and norms of one layer: six MLP-wide
-        and eight hidden-wide numbers (three in the hand-written layer, which holds no part of a
-        norm; two more there where norms follow attention and the MLP), three more for each norm
-        beyond two; of each expert that it passes, its input and output and their gradients, and
-        seven numbers of its width; what its router stores. PEFT's adapters compute with wide copies
-        of what they are given, two MLP-wide numbers more.
-        """
-        wide = 4 * kind.used * kind.hidden + 7 * kind.expert_width
-        written = self.written(kind)
-        inner = 8 if self.shape.adapters and not written else 6
-        dense = inner * self.shape.width * kind.dense_width
-        around = 3 + 2 * kind.norms_after if written else 8 + 3 * max(0, kind.norms - 2)
-        dense += around * self.hidden_bytes
-        return dense + self.shape.width * wide + self.router_bytes(kind)
-
     @property
     def local(self) -> int:
         return -(-self.tokens // self.sp)

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfactory.memory.expert_forms import gates_clamped, gates_plainly, of_interface
 from longfactory.model import expert_ops
 from longfactory.sp.text_model import Idle
 
@@ -90,11 +91,6 @@ def is_wrapper(module: Any) -> bool:
     from peft.tuners.lora.layer import ParamWrapper
 
     return isinstance(module, ParamWrapper)
-
-
-def of_interface(module: nn.Module) -> bool:
-    """Whether a module holds experts that transformers computes through its experts interface."""
-    return all(hasattr(module, name) for name in ("is_transposed", "has_gate", "_apply_gate"))
 
 
 def install(model: nn.Module) -> None:
@@ -258,11 +254,11 @@ def _experts(
     first = "gate_up_proj" if base.has_gate else "up_proj"
     x = _Sent.apply(hidden_states, order, back, picks, _computed_in(getattr(base, first)))
     x = product(x, first)
-    if _gates_clamped(base):
+    if gates_clamped(base):
         x = _Clamped.apply(x, bias(first), expert, float(base.alpha), float(base.limit))
     else:
         x = _plus(x, bias(first), expert)
-        if _gates_plainly(base):
+        if gates_plainly(base):
             x = _Gated.apply(x)
         else:
             x = base._apply_gate(x) if base.has_gate else base.act_fn(x)
@@ -278,20 +274,6 @@ def _experts(
 def _plus(y: Tensor, bias: Tensor | None, expert: Tensor) -> Tensor:
     """[S, out] + [E, out] of each pair's expert [S]."""
     return y if bias is None else y + bias[expert]
-
-
-def _gates_plainly(base: Any) -> bool:
-    """Whether the gate is transformers' own, silu of the first half times the second."""
-    from transformers.integrations.moe import _default_apply_gate
-
-    plain = type(base)._apply_gate is _default_apply_gate
-    return base.has_gate and plain and type(base.act_fn).__name__ in ("SiLU", "SiLUActivation")
-
-
-def _gates_clamped(base: Any) -> bool:
-    """Whether the gate is gpt-oss's own."""
-    own = getattr(type(base)._apply_gate, "__qualname__", "") == "GptOssExperts._apply_gate"
-    return own and base.has_gate and hasattr(base, "alpha") and hasattr(base, "limit")
 
 
 class _Sent(torch.autograd.Function):

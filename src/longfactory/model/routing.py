@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from longfactory import sp
 from longfactory.errors import UserError
+from longfactory.memory.expert_forms import of_interface
 from longfactory.model import experts
 from longfactory.model.outputs import TokenOutputs
 from longfactory.sp import hf
@@ -316,7 +317,7 @@ def _expert_blocks(inner: nn.Module) -> list[tuple[nn.Module, int]]:
     return [
         (outermost.get(id(m), m), width)
         for m in inner.modules()
-        if experts.of_interface(m) and isinstance(width := getattr(m, "num_experts", None), int)
+        if of_interface(m) and isinstance(width := getattr(m, "num_experts", None), int)
     ]
 
 

@@ -68,8 +68,8 @@ def changed(before: Way, after: Way) -> str:
         if technique.words is None:
             continue
         was, now = technique.words(old), technique.words(new)
-        if now is not None and was != now:
-            said.append(now)
+        if was != now:
+            said.append(f"without {was}" if now is None else now)
     if before.memory.split != after.memory.split:
         said.append("split masters" if after.memory.split else "fp32 masters")
     return "from here: " + "; ".join(said) if said else ""

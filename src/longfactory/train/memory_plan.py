@@ -26,6 +26,7 @@ from longfactory.memory.choose import (
     host_memory,
     user_keys,
 )
+from longfactory.memory.expert_forms import of_interface
 from longfactory.memory.layer_kinds import LayerKind, kinds_of
 from longfactory.memory.offload import Activations
 from longfactory.memory.shapes import (
@@ -36,7 +37,7 @@ from longfactory.memory.shapes import (
     kind_of,
     machine,
 )
-from longfactory.model import adapter_targets, adapters, experts, load, trained_parameters
+from longfactory.model import adapter_targets, adapters, load, trained_parameters
 from longfactory.shard import settings as shard
 from longfactory.sp import hf, vision
 from longfactory.sp.text_model import decoder_layers
@@ -106,7 +107,7 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
     routed = sum(
         parameter.numel()
         for module in model.modules()
-        if experts.of_interface(module)
+        if of_interface(module)
         for parameter in module.parameters()
         if parameter.dim() == 3
     )
