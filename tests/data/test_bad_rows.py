@@ -44,6 +44,8 @@ LINES: list[tuple[bytes, str]] = [
     (line({"instruction": "Q", "input": "", "output": 3}), "not text"),
     (line({"instruction": ["Q"], "input": "", "output": "A"}), "not text"),
     (b"[" * 100_000, "invalid JSON"),
+    (line({"instruction": "Q", "input": "", "output": "\ud83d"}), "half of a character"),
+    (line({"instruction": "\udc4d Q", "input": "", "output": "A"}), "half of a character"),
 ]
 
 

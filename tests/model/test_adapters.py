@@ -43,7 +43,7 @@ def apply(
     kind: str,
     adapters: tuple[str, ...] = (),
     *,
-    resized: bool = False,
+    new_tokens: bool = False,
     is_trainable: bool = True,
     **keys: Any,
 ) -> Any:
@@ -52,7 +52,7 @@ def apply(
         model,
         method,
         ModelArguments(adapter_name_or_path=adapters),
-        resized=resized,
+        new_tokens=new_tokens,
         is_trainable=is_trainable,
     )
 
@@ -304,13 +304,13 @@ def test_pissa_loads_as_it_was_trained(iterations: int, tmp_path: Path) -> None:
 
 
 def test_a_grown_vocabulary_is_trained_and_saved() -> None:
-    model = apply(tiny_model(tie_word_embeddings=False), "lora", resized=True)
+    model = apply(tiny_model(tie_word_embeddings=False), "lora", new_tokens=True)
     assert set(model.peft_config["default"].modules_to_save) == {"embed_tokens", "lm_head"}
     assert any("lm_head.modules_to_save" in n for n in trained(model))
     model = tiny_model(tie_word_embeddings=False)
     # PEFT would save it too: its name ends in the same letters
     model.model.old_embed_tokens = nn.Identity()
-    model = apply(model, "lora", resized=True)
+    model = apply(model, "lora", new_tokens=True)
     assert set(model.peft_config["default"].modules_to_save) == {"model.embed_tokens", "lm_head"}
     assert not any(
         "old_embed_tokens" in n for n, _ in model.named_modules() if "modules_to_save" in n

@@ -358,12 +358,13 @@ def test_a_conversation(
     talk(
         folder,
         monkeypatch,
-        ["hello", "", "world", "clear", "hello", "exit", "never said"],
+        ["hello", "", "world", "\ud83d", "clear", "hello", "exit", "never said"],
         adapter_name_or_path=folder / "a",
     )
     out = capsys.readouterr().out
     answers = [part.split("\n")[0] for part in out.split("Assistant: ")[1:]]
-    assert len(answers) == 3 and "forgotten" in out
+    assert len(answers) == 4 and "forgotten" in out
+    assert answers.pop(2).startswith("(not answered: half of a character")
     # After `clear` the first question has its first answer again, and that is the merged model's
     # own.
     assert answers[0] == answers[2]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
 
 from longfactory.testing import tiny_model
 from small_runs import LORA, STEPS, home, steps, text, train, write_tokenizer
@@ -147,3 +148,32 @@ def test_two_processes_train_the_experts_that_one_trains(
         assert sum("experts" in n for n in a) == 2 * 2 * 2  # A and B, two parameters, two layers
     for n, x in a.items():
         torch.testing.assert_close(b[n], x, rtol=1e-4, atol=2e-6, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("model", "rows"), [("larger", 323), ("model", 320)])
+def test_new_tokens_are_trained_beside_an_adapter(home: Path, model: str, rows: int) -> None:
+    """As in LLaMA-Factory, without resize_vocab, and also where the embedding has rows to spare for
+    them, as Qwen's: those rows mean nothing yet.
+    """
+    data = [{"instruction": text(9), "output": f"{text(9)}<new> <newer>"} for _ in range(8)]
+    (home / "new.json").write_text(json.dumps(data))
+    train(
+        home,
+        f"new_{model}",
+        1,
+        **{**LORA, "lora_target": "q_proj", "model_name_or_path": home / model},
+        dataset=str(home / "new.json"),
+        add_special_tokens="<new>",
+        add_tokens="<newer>",
+    )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(home / f"new_{model}")
+    ids = tokenizer.convert_tokens_to_ids(["<new>", "<newer>"])
+    weights = saved(home / f"new_{model}")
+    before = load_file(home / model / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        trained = weights[f"base_model.model.{name}"]
+        assert len(trained) == rows
+        old = before[name]
+        if model == "larger":
+            assert (trained[ids] - old[ids]).abs().max() > 1e-3
+        assert (trained[: len(old)][:256] - old[:256]).abs().max() > 1e-3

@@ -37,7 +37,11 @@ class ModelArguments:
     split_special_tokens: bool = arg(False, "Tokenise the text of special tokens as ordinary text.")
     add_tokens: tuple[str, ...] = arg((), "Tokens to add to the vocabulary.")
     add_special_tokens: tuple[str, ...] = arg((), "Special tokens to add to the vocabulary.")
-    resize_vocab: bool = arg(False, "Enlarge the embedding and the head to the tokenizer's size.")
+    resize_vocab: bool = arg(
+        False,
+        "Enlarge the embedding and the head to the tokenizer's size, and train both beside an"
+        " adapter. True where add_tokens or add_special_tokens add a token.",
+    )
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = arg(
         None,
         "Scale the rotary positions to cutoff_len: factor = ceil(cutoff_len / the model's "

@@ -28,7 +28,7 @@ from longfactory.data.readers import Raw, parse_line
 from longfactory.data.sources import DataSource, hint
 from longfactory.data.store import FORMAT, Chunk
 from longfactory.data.template import Piece, Template
-from longfactory.data.tokens import PieceTokenizer
+from longfactory.data.tokens import PieceTokenizer, check_text
 from longfactory.errors import DataError
 from longfactory.processes import die_with_parent
 from longfactory.progress import moved
@@ -91,6 +91,7 @@ class Preparer:
             try:
                 conversation = convert(row, self.source, self.options.questions)
                 parts, flag, found = self._parts(conversation, place)
+                check_text(parts)
             except BadRow as e:
                 if not bad.hint:
                     bad.hint = hint(self.source, row)

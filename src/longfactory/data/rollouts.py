@@ -33,7 +33,7 @@ from longfactory.data.row import IGNORE, TokenizedDocument
 from longfactory.data.sources import read_sources
 from longfactory.data.template import Message
 from longfactory.data.templates import AnyTemplate
-from longfactory.data.tokens import PieceTokenizer
+from longfactory.data.tokens import PieceTokenizer, check_text
 from longfactory.errors import DataError
 
 NUMBERS = {"advantages": "advantage", "logprobs": "old_logp", "ref_logprobs": "ref_logp"}
@@ -326,6 +326,7 @@ class _Reader:
             for role, m in zip(roles, given, strict=True)
         ]
         parts, _ = self.template.turns(messages, system, "", False)
+        check_text(parts)
         tokens = self.pieces.pieces(parts)
         ids: list[np.ndarray] = []
         trained: list[np.ndarray] = []

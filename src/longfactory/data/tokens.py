@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from longfactory.data.errors import BadRow
 from longfactory.data.template import Piece, Special
 from longfactory.data.words import LONG, words_of
 
@@ -20,6 +21,23 @@ _PROBES = (
     "«é» 漢字 🙂",
     "<s>[INST] x </s>",
 )
+
+
+def check_text(groups: Iterable[Sequence[Piece]]) -> None:
+    """Raises BadRow for half of a character (a lone surrogate, which JSON can hold as `\\ud83d`): a
+    text that was cut inside an emoji. No tokenizer takes it.
+    """
+    for group in groups:
+        for piece in group:
+            if not isinstance(piece, str) or piece.isascii():
+                continue
+            try:
+                piece.encode()
+            except UnicodeEncodeError as error:
+                around = piece[max(error.start - 20, 0) : error.end + 20].encode(errors="replace")
+                raise BadRow(
+                    f"half of a character: {piece[error.start]!r} in {around.decode()!r}"
+                ) from None
 
 
 class PieceTokenizer:

@@ -39,7 +39,7 @@ log = logging.getLogger("longfactory")
 
 
 def apply_finetuning(
-    model: Any, method: Any, model_args: Any, *, is_trainable: bool = True, resized: bool = False
+    model: Any, method: Any, model_args: Any, *, is_trainable: bool = True, new_tokens: bool = False
 ) -> Any:
     """Makes the model trainable as `finetuning_type` says and returns it (wrapped by peft for
     LoRA and OFT).
@@ -51,8 +51,8 @@ def apply_finetuning(
         method: the finetuning arguments (`finetuning_type`, `lora_*`, `freeze_*`, ...).
         model_args: the model arguments (`adapter_name_or_path`).
         is_trainable: False: adapters that are named are merged, and none is made.
-        resized: the vocabulary grew, so that embeddings must be trained and saved beside an
-            adapter.
+        new_tokens: there are tokens that the model never saw, so that embeddings must be trained
+            and saved beside an adapter.
     """
     kind = method.finetuning_type
     adapters = listed(model_args.adapter_name_or_path)
@@ -63,7 +63,7 @@ def apply_finetuning(
     elif kind == "freeze":
         _freeze(model, method)
     elif kind in ADAPTERS:
-        model = _adapter(model, method, adapters, is_trainable, resized)
+        model = _adapter(model, method, adapters, is_trainable, new_tokens)
         _leave_adapted_untied(model)
     else:
         raise UserError(f"finetuning_type: {kind} is not supported. Use full, freeze, lora or oft.")
@@ -486,7 +486,7 @@ def _oft_config(method: Any, targets: Targets, options: dict[str, Any]) -> Any:
 
 
 def _adapter(
-    model: Any, method: Any, adapters: list[str], is_trainable: bool, resized: bool
+    model: Any, method: Any, adapters: list[str], is_trainable: bool, new_tokens: bool
 ) -> Any:
     from peft import get_peft_model
 
@@ -513,7 +513,7 @@ def _adapter(
     if method.train_routers:
         routers = clear_ends(set(router_names(model)), [n for n, _ in model.named_modules()])
         saved = [*(saved or []), *routers]
-    if saved is None and resized:
+    if saved is None and new_tokens:
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         grown = [name for name, m in model.named_modules() if m is head or m is embedding]
         others = [name for name, _ in model.named_modules() if name not in grown]

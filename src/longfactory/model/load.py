@@ -130,11 +130,25 @@ def load_tokenizer(args: Any) -> Any:
         raise UserError(
             f"No tokenizer could be loaded from {args.model_name_or_path}: {reason(error, path)}"
         ) from error
+    new = 0
     if args.add_tokens:
-        tokenizer.add_tokens(_names(args.add_tokens), special_tokens=False)
+        new += tokenizer.add_tokens(_names(args.add_tokens), special_tokens=False)
     if args.add_special_tokens:
-        tokenizer.add_tokens(_names(args.add_special_tokens), special_tokens=True)
+        new += tokenizer.add_tokens(_names(args.add_special_tokens), special_tokens=True)
+    tokenizer.tokens_added = new
     return tokenizer
+
+
+def has_new_tokens(args: Any, tokenizer: Any) -> bool:
+    """Whether a run has tokens that the model never saw: by `resize_vocab`, or as `add_tokens` and
+    `add_special_tokens` added some, as in LLaMA-Factory. Beside an adapter the embeddings are
+    trained then, whether they grow or have rows to spare (Qwen: 151,936 for 151,669 tokens).
+
+    Args:
+        args: the model arguments.
+        tokenizer: of `load_tokenizer`.
+    """
+    return bool(args.resize_vocab or getattr(tokenizer, "tokens_added", 0))
 
 
 def _names(value: Any) -> list[str]:

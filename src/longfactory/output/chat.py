@@ -18,7 +18,7 @@ from longfactory.data.media.marks import parts_of
 from longfactory.data.media.process import OUTSIDE, Processing
 from longfactory.data.media.units import MediaUnit
 from longfactory.data.template import Message
-from longfactory.data.tokens import PieceTokenizer
+from longfactory.data.tokens import PieceTokenizer, check_text
 from longfactory.errors import DataError, UserError
 from longfactory.model.generate import generation_arguments, stop_tokens
 from longfactory.model.load import load_media
@@ -153,6 +153,7 @@ def _pieces(cfg: RunConfig, tokenizer: Any, messages: Sequence[dict[str, Any]]) 
                 f"The chat template refuses the conversation: {error}. Name a template with"
                 " template:"
             ) from error
+        check_text([[text]])
         return [text]
     template = named_template(cfg, tokenizer)
     said = [
@@ -165,6 +166,7 @@ def _pieces(cfg: RunConfig, tokenizer: Any, messages: Sequence[dict[str, Any]]) 
     )
     if lacks[0] and template.enable_thinking is False:
         source = [*source, template.thought()]
+    check_text([source])
     return list(source)
 
 

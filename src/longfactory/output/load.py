@@ -50,7 +50,7 @@ def load_with_source(cfg: RunConfig, device: torch.device) -> tuple[Any, Any, So
     quantization = models.quantization_config(cfg.model, dtype)
     model = models.load_model(cfg.model, config, dtype, attention=None, quantization=quantization)
     source = models.source_of(model, cfg.model)
-    if cfg.model.resize_vocab or (
+    if models.has_new_tokens(cfg.model, tokenizer) or (
         cfg.model.adapter_name_or_path
         and len(tokenizer) > model.get_input_embeddings().weight.shape[0]
     ):

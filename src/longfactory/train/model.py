@@ -104,11 +104,24 @@ def _make_trainable(
     source = load.source_of(model, cfg.model)
     if cfg.model.enable_liger_kernel:
         apply_liger(model, args.device)
-    grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
+    new_tokens = load.has_new_tokens(cfg.model, tokenizer)
+    if new_tokens and not cfg.model.resize_vocab:
+        log.info(
+            f"{tokenizer.tokens_added} new tokens (add_tokens, add_special_tokens):"
+            " resize_vocab is true."
+        )
+    if new_tokens and not getattr(model, "is_quantized", False):
+        load.resize_vocabulary(model, tokenizer)
     if len(tokenizer) > load.embedding_rows(model):
         raise UserError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's embedding"
-            f" {load.embedding_rows(model)}. Set resize_vocab: true."
+            f" {load.embedding_rows(model)}. "
+            + (
+                "A quantised embedding cannot grow: resize the model first, or train it without"
+                " quantization_bit."
+                if getattr(model, "is_quantized", False)
+                else "Set resize_vocab: true."
+            )
         )
     try:
         hf.prepare(model, ctx)
@@ -124,7 +137,7 @@ def _make_trainable(
         cfg.method,
         cfg.model,
         is_trainable=not (bare and trains_adapters(cfg.method)),
-        resized=grew,
+        new_tokens=new_tokens,
     )
     if args.fsdp:
         adapters.refuse_sharded_ties(model)

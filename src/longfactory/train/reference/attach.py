@@ -198,7 +198,7 @@ def reference_parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
         and not cfg.method.create_new_adapter
     )
     # Tokens that are new to the embedding begin at random, and every softmax runs over them.
-    grown = cfg.model.resize_vocab and not other
+    grown = _may_grow(cfg) and not other
     bits = cfg.method.ref_model_quantization_bit if other else cfg.model.quantization_bit
     return {
         "model": name,
@@ -279,8 +279,14 @@ def check_ref_model(cfg: RunConfig, model_config: Any) -> None:
     except UserError as error:
         said = str(error).removeprefix("model_name_or_path: ")
         raise UserError(f"ref_model: {said}") from error
-    if not cfg.model.resize_vocab:
+    if not _may_grow(cfg):
         reference.check_reference(model_config, config)
+
+
+def _may_grow(cfg: RunConfig) -> bool:
+    """Whether tokens may be new to the embedding."""
+    model = cfg.model
+    return bool(model.resize_vocab or model.add_tokens or model.add_special_tokens)
 
 
 def load_reference(

@@ -119,12 +119,14 @@ def build(
     try:
         model = load.load_model(args, config, torch.float32, attention="eager", device=device)
         model.config.use_cache = False
-        grew = load.resize_vocabulary(model, tokenizer) if cfg.model.resize_vocab else False
+        new_tokens = load.has_new_tokens(cfg.model, tokenizer)
+        if new_tokens:
+            load.resize_vocabulary(model, tokenizer)
         inner = model
         if processing is not None:
             vision.let_in(model)
             _processing[model] = processing
-        model = adapters.apply_finetuning(model, cfg.method, cfg.model, resized=grew)
+        model = adapters.apply_finetuning(model, cfg.method, cfg.model, new_tokens=new_tokens)
     finally:
         torch.set_rng_state(state)
     if hasattr(trained, "v_head"):
