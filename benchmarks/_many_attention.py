@@ -61,7 +61,9 @@ def attention(a: argparse.Namespace) -> int:
     setting = bench.start(a.smoke)
     rows = earlier(a) if setting.rank == 0 else []
     packed = [(mix, setting.packed_length) for mix in mixes.MIXES]
-    smaller = 256 if a.smoke else 16 if a.small else 1
+    smaller = 16 if a.small else 1
+    if a.smoke:
+        smaller = 256
     if a.small and not a.smoke:
         setting = dataclasses.replace(setting, packed_length=setting.packed_length // 4)
     documents = [

@@ -311,18 +311,10 @@ def main(argv: list[str] | None = None) -> str:
                 else fork_passes(part, cutoff, 8, o.workers, tokenizer.eos_token_id)
             )
             ratio = " / ".join(f"{b / a:.1f} x" for a, b in zip(mine, other, strict=True))
-            shown = [
-                show(mine),
-                show(other),
-                ratio,
-                show(again),
-                (
-                    "-"
-                    if fork is None
-                    else show(fork)
-                    + ("" if len(part) == len(data) else f" for {len(part)} of them")
-                ),
-            ]
+            of_fork = "-" if fork is None else show(fork)
+            if fork is not None and len(part) < len(data):
+                of_fork += f" for {len(part)} of them"
+            shown = [show(mine), show(other), ratio, show(again), of_fork]
             lines.append(f"| {name} | {tokens:,} | " + " | ".join(shown) + " |")
             print(lines[-1], flush=True)
     table = "\n".join(lines)

@@ -172,7 +172,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in bad:
         said = row.get("error") or (row["reasons"] or ["nothing"])[0]
-        state = " **missed**" if row in missed else (" **not named**" if row in unnamed else "")
+        state = " **not named**" if row in unnamed else ""
+        if row in missed:
+            state = " **missed**"
         cells = (row["fault"] + state, row["run"], said, row.get("follows", ""))
         lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
     lines += [

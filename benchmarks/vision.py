@@ -252,6 +252,7 @@ def words_of(job: Job, args: argparse.Namespace, home: Path) -> list[str]:
     stage: dict[str, Any] = {"stage": "sft", "dataset": f"{case.name}-{job.share}"}
     if job.stage == "dpo":
         stage = {"stage": "dpo", "dataset": f"{case.name}-{job.share}-pairs"}
+    sharding = {"sharding": "ddp" if args.smoke else "fsdp2"}
     keys = {
         "model_name_or_path": home / "model",
         "train_from_scratch": "true",
@@ -283,7 +284,7 @@ def words_of(job: Job, args: argparse.Namespace, home: Path) -> list[str]:
         **({} if args.workers < 0 else {"dataloader_num_workers": args.workers}),
         **(_profile.RECORDED | {"profiler_wait_steps": args.steps} if args.profile else {}),
         **({} if args.smoke else {"bf16": "true"}),
-        **({"sharding": "ddp" if args.smoke else "fsdp2"} if job.gpus > 1 else {}),
+        **(sharding if job.gpus > 1 else {}),
         **dict(word.split("=", 1) for word in args.keys),
     }
     return [f"{key}={value}" for key, value in keys.items()]

@@ -44,10 +44,9 @@ NOISE = re.compile(
 """What other packages say of their own inside, and no user can act on."""
 
 
-def interactive(stream: TextIO | None = None) -> bool:
-    """Whether a person watches: the stream (stderr) is a terminal that can redraw a line."""
-    stream = sys.stderr if stream is None else stream
-    is_terminal = getattr(stream, "isatty", lambda: False)
+def interactive() -> bool:
+    """Whether a person watches: stderr is a terminal that can redraw a line."""
+    is_terminal = getattr(sys.stderr, "isatty", lambda: False)
     return bool(is_terminal()) and os.environ.get("TERM") != "dumb"
 
 

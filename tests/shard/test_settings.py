@@ -84,15 +84,10 @@ def test_accelerate_takes_our_fsdp2_settings(tmp_path: Path) -> None:
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
 
 
-def test_cpu_offload_asks_for_a_host_backend() -> None:
-    assert settings.fsdp2_arguments(cpu_offload=True)["ddp_backend"] == "cuda:nccl,cpu:gloo"
-    assert "ddp_backend" not in settings.fsdp2_arguments()
-    assert (
-        settings.fsdp2_arguments(efficient_loading=False)["fsdp_config"][
-            "cpu_ram_efficient_loading"
-        ]
-        is False
-    )
+@pytest.mark.parametrize("efficient", [True, False])
+def test_who_loads_is_passed_on(efficient: bool) -> None:
+    given = settings.fsdp2_arguments(efficient_loading=efficient)["fsdp_config"]
+    assert given["cpu_ram_efficient_loading"] is efficient
 
 
 def test_every_micro_batch_is_reduced(tmp_path: Path) -> None:

@@ -257,7 +257,8 @@ def check(kind: str, size: int, mode: str, world: int, shared: bool, source: str
     per_rank = run_ranks(world, on_ranks, kind, size, mode, shared, source)
     for results in per_rank[:1]:
         for name, (loss, grads) in results.items():
-            key = name if kind == "rm" else (name, "off" if source == "adapter off" else "other")
+            reference = "off" if source == "adapter off" else "other"
+            key = name if kind == "rm" else (name, reference)
             want_loss, want_grads = want[key]
             assert loss == pytest.approx(float(want_loss), rel=1e-9, abs=1e-9), name
             assert grads.keys() == want_grads.keys()

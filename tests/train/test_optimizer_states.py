@@ -64,13 +64,10 @@ def train(
 
     def watched(self: SplitAdamW, p: Any, group: Any, last: bool) -> None:
         leave(self, p, group, last)
-        left.add(
-            "kept during backward"
-            if p in self._away
-            else "updated during backward"
-            if last
-            else "summed during backward"
-        )
+        if p in self._away:
+            left.add("kept during backward")
+        else:
+            left.add("updated during backward" if last else "summed during backward")
 
     SplitAdamW._leave = watched  # type: ignore[method-assign]
 

@@ -181,13 +181,8 @@ def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
         ][-1]
         for n in (1, 2)
     ]
-    wanted = (
-        "eval_accuracy"
-        if name == "rm"
-        else "eval_kl"
-        if name == "kto"
-        else "eval_rewards/accuracies"
-    )
+    own = {"rm": "eval_accuracy", "kto": "eval_kl"}
+    wanted = own.get(name, "eval_rewards/accuracies")
     for key in ("eval_loss", wanted):
         assert evaluated[0][key] == pytest.approx(evaluated[1][key], rel=1e-3, abs=1e-4)
     if name == "rm":

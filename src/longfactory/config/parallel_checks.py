@@ -21,6 +21,7 @@ def backends(ddp_backend: str) -> list[str]:
 
 
 def parallel(cfg: RunConfig) -> Iterator[str]:
+    """Keys of sequence parallelism, process groups and sharding that contradict each other."""
     p = cfg.parallel
     wanted = backends(cfg.trainer.ddp_backend or "gloo")
     if unknown := [name for name in wanted if name not in BACKENDS]:

@@ -52,11 +52,11 @@ class TokenizedDataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def image_patches(self, most: int = 256) -> tuple[float, float]:
+    def image_patches(self) -> tuple[float, float]:
         """(patches of images and videos for each token, patches that one of them sees): means over
-        at most `most` samples, which lie evenly in the data.
+        at most 256 samples, which lie evenly in the data.
         """
-        chosen = self.entries[:: max(1, -(-len(self.entries) // most))]
+        chosen = self.entries[:: max(1, -(-len(self.entries) // 256))]
         tokens = patches = seen = 0
         for store, sample in chosen[:, :2].tolist():
             tokens += sum(self.stores[store].lengths(sample))

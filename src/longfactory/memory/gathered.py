@@ -44,10 +44,10 @@ def keep_weights(model: nn.Module, keep: bool) -> None:
     their backward. Models that FSDP2 does not shard are left alone.
 
     Of layers that keep them, each begins to gather the next one's before it computes, and the
-    embedding the first one's. Attention's
-    kernels occupy every processor until they end: a gather that is begun later comes beside the
-    products of the MLP instead. Large weights are gathered where they are used, except those of the
-    first layer, whose gather runs beside the optimizer's update and so cannot wait for it.
+    embedding the first one's. Attention's kernels occupy every processor until they end: a gather
+    that is begun later comes beside the products of the MLP instead. Large weights are gathered
+    where they are used, except those of the first layer, whose gather runs beside the optimizer's
+    update and so cannot wait for it.
     """
     layers = [layer for layer in decoder_layers(model)[1] if isinstance(layer, FSDPModule)]
     for layer in layers:

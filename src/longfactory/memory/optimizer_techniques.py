@@ -94,7 +94,9 @@ def _gradient_values(job: TrainingJob, mode: str, settings: MemorySettings) -> S
 
 def _gradient_fixed(arguments: Any) -> dict[str, Any]:
     wanted = arguments.offload_gradients
-    return {} if wanted == "auto" else {"gradients": "host" if wanted else "gpu"}
+    if wanted == "auto":
+        return {}
+    return {"gradients": "host" if wanted else "gpu"}
 
 
 def _gradient_bytes(job: TrainingJob, settings: MemorySettings) -> Bytes:

@@ -72,8 +72,17 @@ def inner_length(t: Tensor) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Flat parts, of equal length, of one parameter and what belongs to it. `scale`: of the
-    gradient. `away`: it is where the states are, and the weight may be elsewhere."""
+    """A stretch of one parameter, [N], and what belongs to it.
+
+    Attributes:
+        weight, grad: [N]; grad in the parameter's dtype or fp32.
+        low: [N] int16, the remainder of a bf16 weight; None of a weight that is its own master.
+        m, v: [N], first and second moment.
+        step: [], steps made, this one included.
+        group: the optimizer's settings of the parameter.
+        scale: what the gradient is multiplied by.
+        away: the gradient is where the states are, and the weight may be elsewhere.
+    """
 
     weight: Tensor
     grad: Tensor

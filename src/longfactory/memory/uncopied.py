@@ -223,6 +223,7 @@ def _reduce(
     if not large or {before, after} - {None, 1}:
         return by_torch(fsdp_params, unsharded_grads)
     rest = [(p, g) for p, g in pairs if all(p is not one for one, _ in large)]
+    # as in FSDP2's own function: the caller's list would keep gradients that are copied below
     del pairs
     unsharded_grads.clear()
     on = torch.get_device_module(device)

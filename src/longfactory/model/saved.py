@@ -578,12 +578,12 @@ ADAPTED = (
 """What PEFT holds by the adapter's name, and saves without it."""
 
 
-def adapter_name(name: str, adapter: str = "default") -> str:
+def adapter_name(name: str) -> str:
     """A trained parameter's name in a PEFT model -> its name in `adapter_model.safetensors`."""
-    name = name.replace(f".modules_to_save.{adapter}.", ".")
-    name = name.replace(f".lora_magnitude_vector.{adapter}.weight", ".lora_magnitude_vector")
+    name = name.replace(".modules_to_save.default.", ".")
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
     for kind in ADAPTED:
-        name = name.replace(f".{kind}.{adapter}", f".{kind}")
+        name = name.replace(f".{kind}.default", f".{kind}")
     return name
 
 

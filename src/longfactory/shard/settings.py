@@ -87,7 +87,7 @@ def choose_sharding(
     return "fsdp2"
 
 
-def fsdp2_arguments(*, cpu_offload: bool = False, efficient_loading: bool = True) -> dict[str, Any]:
+def fsdp2_arguments(*, efficient_loading: bool = True) -> dict[str, Any]:
     """Keyword arguments for transformers' TrainingArguments that turn FSDP2 on."""
     return {
         "fsdp": True,
@@ -97,10 +97,7 @@ def fsdp2_arguments(*, cpu_offload: bool = False, efficient_loading: bool = True
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "cpu_ram_efficient_loading": efficient_loading,
             "state_dict_type": "SHARDED_STATE_DICT",
-            "cpu_offload": cpu_offload,
         },
-        # CPU offload reduces on the host: the process group then needs a host backend as well.
-        **({"ddp_backend": "cuda:nccl,cpu:gloo"} if cpu_offload else {}),
     }
 
 

@@ -123,10 +123,11 @@ def stand_in_tile(
     """The mask that FlashAttention's arguments mean."""
     assert right == (0 if left >= 0 and causal else -1), "a window with causal is (left, 0)"
     window = left if left >= 0 else None
-    kind = "full" if not causal else "causal" if cu is None else "varlen"
-    return Tile(
-        slice(0, len(q)), slice(0, len(k)), kind, None if cu is None else tuple(cu.tolist()), window
-    )  # type: ignore[arg-type]
+    kind = "full"
+    if causal:
+        kind = "causal" if cu is None else "varlen"
+    bounds = None if cu is None else tuple(cu.tolist())
+    return Tile(slice(0, len(q)), slice(0, len(k)), kind, bounds, window)  # type: ignore[arg-type]
 
 
 def flipped(lse: torch.Tensor) -> torch.Tensor:

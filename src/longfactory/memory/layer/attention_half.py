@@ -32,84 +32,88 @@ from longfactory.memory.layer_ops import (
 from longfactory.sp.kernels import KeyGradients
 
 
-def turned(y: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:
+def turned(y: Tensor, s: slice, call: LayerCall, name: str) -> Tensor:
     """Rotary embedding of the tokens `s`, for queries ("q") or keys ("k"), and queries' growth:
     [C, heads, D] -> the same.
     """
-    if c.shape.rotary is not None and c.cos is not None and c.sin is not None:
-        y = rotate(y, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
-    return y if c.growth is None or name != "q" else y * c.growth[s]
+    if call.shape.rotary is not None and call.cos is not None and call.sin is not None:
+        y = rotate(y, call.cos[s], call.sin[s], call.shape.rotary.pairs, call.shape.rotary.last)
+    return y if call.growth is None or name != "q" else y * call.growth[s]
 
 
-def turned_backward(g: Tensor, s: slice, c: LayerCall, name: str) -> Tensor:
+def turned_backward(g: Tensor, s: slice, call: LayerCall, name: str) -> Tensor:
     """The adjoint of `turned`."""
-    if c.growth is not None and name == "q":
-        g = g * c.growth[s]
-    if c.shape.rotary is None or c.cos is None or c.sin is None:
+    if call.growth is not None and name == "q":
+        g = g * call.growth[s]
+    if call.shape.rotary is None or call.cos is None or call.sin is None:
         return g
-    return rotate_backward(g, c.cos[s], c.sin[s], c.shape.rotary.pairs, c.shape.rotary.last)
+    return rotate_backward(
+        g, call.cos[s], call.sin[s], call.shape.rotary.pairs, call.shape.rotary.last
+    )
 
 
-def _head_rows(c: LayerCall, name: str, heads: slice, part: int = 0) -> tuple[str, Rows]:
+def _head_rows(call: LayerCall, name: str, heads: slice, part: int = 0) -> tuple[str, Rows]:
     """The linear and its outputs that make some heads of a projection. Where it makes an output
     gate too, the query (part 0) and the gate (part 1) of a head stand beside each other.
     """
-    source, rows = c.rows(name)
-    dim = c.shape.head_dim
-    if name == "q" and c.gate_beside_queries:
-        every = torch.arange(2 * c.shape.heads * dim, device=c.weights["q"].device)
+    source, rows = call.rows(name)
+    dim = call.shape.head_dim
+    if name == "q" and call.gate_beside_queries:
+        every = torch.arange(2 * call.shape.heads * dim, device=call.weights["q"].device)
         # [heads * 2 * D] -> [heads, 2, D]
-        return source, every.view(c.shape.heads, 2, dim)[heads, part].reshape(-1)
+        return source, every.view(call.shape.heads, 2, dim)[heads, part].reshape(-1)
     if heads == ALL:
         return source, rows
     start = rows.start or 0
     return source, slice(start + heads.start * dim, start + heads.stop * dim)
 
 
-def _projected(n: Tensor, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
+def _projected(n: Tensor, call: LayerCall, name: str, heads: slice = ALL) -> Tensor:
     """[C, H] -> [C, heads, D], before norm and rotary embedding."""
-    source, rows = _head_rows(c, name, heads)
-    return linear(n, c, source, rows).view(n.shape[0], -1, c.shape.head_dim)
+    source, rows = _head_rows(call, name, heads)
+    return linear(n, call, source, rows).view(n.shape[0], -1, call.shape.head_dim)
 
 
-def _made(n: Tensor, s: slice, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
+def _made(n: Tensor, s: slice, call: LayerCall, name: str, heads: slice = ALL) -> Tensor:
     """[C, H] normed hidden -> [C, heads, D] queries, keys or values."""
-    if name != "v" and c.shape.norm_of_turned:
-        return normed(turned(_projected(n, c, name, heads), s, c, name), c, f"{name}_norm")
-    if name != "v" and c.shape.whole_norm:
-        y = normed(_projected(n, c, name).flatten(1), c, f"{name}_norm")
-        y = y.view(n.shape[0], -1, c.shape.head_dim)[:, heads]
+    if name != "v" and call.shape.norm_of_turned:
+        return normed(turned(_projected(n, call, name, heads), s, call, name), call, f"{name}_norm")
+    if name != "v" and call.shape.whole_norm:
+        y = normed(_projected(n, call, name).flatten(1), call, f"{name}_norm")
+        y = y.view(n.shape[0], -1, call.shape.head_dim)[:, heads]
     else:
-        y = _projected(n, c, name, heads)
-        if c.before_norm is not None and c.shape.norm(f"{name}_norm") is not None:
-            c.before_norm[name] = y
-        y = normed(y, c, f"{name}_norm", heads)
-    return y if name == "v" else turned(y, s, c, name)
+        y = _projected(n, call, name, heads)
+        if call.before_norm is not None and call.shape.norm(f"{name}_norm") is not None:
+            call.before_norm[name] = y
+        y = normed(y, call, f"{name}_norm", heads)
+    return y if name == "v" else turned(y, s, call, name)
 
 
-def _made_backward(g: Tensor, n: Tensor, s: slice, c: LayerCall, name: str, sums: Sums) -> Tensor:
+def _made_backward(
+    g: Tensor, n: Tensor, s: slice, call: LayerCall, name: str, sums: Sums
+) -> Tensor:
     """[C, heads, D] -> the gradient of the projection's output, [C, heads * D]."""
-    if name != "v" and c.shape.norm_of_turned:
-        y = turned(_projected(n, c, name), s, c, name)
-        g = normed_backward(g, y, c, f"{name}_norm", sums)
-        return turned_backward(g, s, c, name).flatten(1)
+    if name != "v" and call.shape.norm_of_turned:
+        y = turned(_projected(n, call, name), s, call, name)
+        g = normed_backward(g, y, call, f"{name}_norm", sums)
+        return turned_backward(g, s, call, name).flatten(1)
     if name != "v":
-        g = turned_backward(g, s, c, name)
-    if c.shape.norm(f"{name}_norm") is not None:
-        y = None if c.before_norm is None else c.before_norm.pop(name, None)
+        g = turned_backward(g, s, call, name)
+    if call.shape.norm(f"{name}_norm") is not None:
+        y = None if call.before_norm is None else call.before_norm.pop(name, None)
         if y is None:
-            y = _projected(n, c, name)
-        if c.shape.whole_norm:
+            y = _projected(n, call, name)
+        if call.shape.whole_norm:
             y, g = y.flatten(1), g.flatten(1)
-        g = normed_backward(g, y, c, f"{name}_norm", sums)
+        g = normed_backward(g, y, call, f"{name}_norm", sums)
     return g.reshape(g.shape[0], -1)
 
 
 def _whole(
-    length: int, c: LayerCall, make: Callable[[slice], tuple[Tensor, ...]]
+    length: int, call: LayerCall, make: Callable[[slice], tuple[Tensor, ...]]
 ) -> tuple[Tensor, ...]:
     """What `make` gives of each chunk, [C, ...], for all tokens; of one chunk without a copy."""
-    chunks = list(c.chunks(length))
+    chunks = list(call.chunks(length))
     if len(chunks) == 1:
         return tuple(part.contiguous() for part in make(chunks[0]))
     whole: tuple[Tensor, ...] = ()
@@ -122,89 +126,98 @@ def _whole(
     return whole
 
 
-def queries(x: Tensor, c: LayerCall, heads: slice) -> Tensor:
+def queries(x: Tensor, call: LayerCall, heads: slice) -> Tensor:
     """[T, H] -> [T, heads, D] queries of some heads."""
 
     def make(s: slice) -> tuple[Tensor]:
-        n = normed(x[s], c, "norm1")
-        if c.shape.latent is not None:
-            return (turned(latent.query_heads(n, c, heads), s, c, "q"),)
-        return (_made(n, s, c, "q", heads),)
+        n = normed(x[s], call, "norm1")
+        if call.shape.latent is not None:
+            return (turned(latent.query_heads(n, call, heads), s, call, "q"),)
+        return (_made(n, s, call, "q", heads),)
 
-    return _whole(x.shape[0], c, make)[0]
+    return _whole(x.shape[0], call, make)[0]
 
 
-def keys_values(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+def keys_values(x: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
     """[T, H] -> keys [T, key heads, D] and values [T, key heads, Dv]."""
 
     def make(s: slice) -> tuple[Tensor, Tensor]:
-        n = normed(x[s], c, "norm1")
-        if c.shape.latent is not None:
-            k, v = latent.keys_values(n, c)
-            return turned(k, s, c, "k"), v
-        return _made(n, s, c, "k"), _made(n, s, c, "v")
+        n = normed(x[s], call, "norm1")
+        if call.shape.latent is not None:
+            k, v = latent.keys_values(n, call)
+            return turned(k, s, call, "k"), v
+        return _made(n, s, call, "k"), _made(n, s, call, "v")
 
-    k, v = _whole(x.shape[0], c, make)
+    k, v = _whole(x.shape[0], call, make)
     return k, v
 
 
-def attention(x: Tensor, k: Tensor, v: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+def attention(x: Tensor, k: Tensor, v: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
     """out [T, heads, Dv], contiguous, and its log-sum-exp, a group of heads at a time."""
-    if c.groups == 1:
-        q = queries(x, c, ALL)
-        out, lse = sp.attention_forward(q, k, v, c.plan, **c.options, **c.sinks(ALL))
+    if call.groups == 1:
+        q = queries(x, call, ALL)
+        out, lse = sp.attention_forward(q, k, v, call.plan, **call.options, **call.sinks(ALL))
         # kernels that know one head dim give part of a wider tensor (latent attention)
         return out.contiguous(), lse
-    out, lses = x.new_empty(x.shape[0], c.shape.heads, c.shape.value_dim), []
-    for mine, keys in c.group_slices():
+    out, lses = x.new_empty(x.shape[0], call.shape.heads, call.shape.value_dim), []
+    for mine, keys in call.group_slices():
         kg, vg = k[:, keys].contiguous(), v[:, keys].contiguous()
-        q = queries(x, c, mine)
-        out[:, mine], lse = sp.attention_forward(q, kg, vg, c.plan, **c.options, **c.sinks(mine))
+        q = queries(x, call, mine)
+        out[:, mine], lse = sp.attention_forward(
+            q, kg, vg, call.plan, **call.options, **call.sinks(mine)
+        )
         lses.append(lse)
     return out, torch.cat(lses)
 
 
-def gate_of(x: Tensor, s: slice, c: LayerCall, heads: slice = ALL) -> Tensor:
+def gate_of(x: Tensor, s: slice, call: LayerCall, heads: slice = ALL) -> Tensor:
     """[C, heads, D or 1]: the output gate of the tokens `s`, for some heads."""
-    n = normed(x[s], c, "norm1")
-    if c.gate_beside_queries:
-        made = linear(n, c, *_head_rows(c, "q", heads, 1))
-        return made.view(n.shape[0], -1, c.shape.head_dim)
-    each = c.width("g") // c.shape.heads
-    made = linear(n, c, "g", columns_of(heads, each))
+    n = normed(x[s], call, "norm1")
+    if call.gate_beside_queries:
+        made = linear(n, call, *_head_rows(call, "q", heads, 1))
+        return made.view(n.shape[0], -1, call.shape.head_dim)
+    each = call.width("g") // call.shape.heads
+    made = linear(n, call, "g", columns_of(heads, each))
     return made.view(n.shape[0], -1, each)
 
 
-def attended(x: Tensor, out: Tensor, s: slice, c: LayerCall) -> Tensor:
+def attended(x: Tensor, out: Tensor, s: slice, call: LayerCall) -> Tensor:
     """What the output projection gets of the tokens `s`: [C, heads * Dv]."""
-    if c.shape.output_gate is None:
+    if call.shape.output_gate is None:
         return out[s]
-    by_head = out[s].unflatten(1, (c.shape.heads, -1))
-    return output_gated(by_head, gate_of(x, s, c), c.shape.output_gate).flatten(1)
+    by_head = out[s].unflatten(1, (call.shape.heads, -1))
+    return output_gated(by_head, gate_of(x, s, call), call.shape.output_gate).flatten(1)
 
 
 def _ungated(
-    x: Tensor, out: Tensor, da: Tensor, dgate: Tensor | None, c: LayerCall, heads: slice
+    x: Tensor, out: Tensor, da: Tensor, dgate: Tensor | None, call: LayerCall, heads: slice
 ) -> Tensor:
     """The gradient of attention's output for some heads, [T, heads, Dv]; and into `dgate` that of
     their gates, where there are some.
     """
-    dim = c.shape.value_dim
+    dim = call.shape.value_dim
     columns = columns_of(heads, dim)
     if dgate is None:
-        return linear_backward(da, c, "o", columns=columns)[0].unflatten(1, (-1, dim))
-    count = len(range(c.shape.heads)[heads])
+        return linear_backward(da, call, "o", columns=columns)[0].unflatten(1, (-1, dim))
+    count = len(range(call.shape.heads)[heads])
     dout = x.new_empty(x.shape[0], count, dim)
-    for s in c.chunks(x.shape[0]):
-        g = linear_backward(da[s], c, "o", columns=columns)[0].unflatten(1, (-1, dim))
+    for s in call.chunks(x.shape[0]):
+        g = linear_backward(da[s], call, "o", columns=columns)[0].unflatten(1, (-1, dim))
         of_heads = out[s, columns].unflatten(1, (-1, dim))
-        gate = gate_of(x, s, c, heads)
-        dout[s], dgate[s, heads] = output_gated_backward(g, of_heads, gate, c.shape.output_gate)
+        gate = gate_of(x, s, call, heads)
+        dout[s], dgate[s, heads] = output_gated_backward(g, of_heads, gate, call.shape.output_gate)
     return dout
 
 
 def attention_backward(
-    x: Tensor, out: Tensor, lse: Tensor, da: Tensor, k: Tensor, v: Tensor, c: LayerCall, sums: Sums
+    x: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    da: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: LayerCall,
+    sums: Sums,
 ) -> tuple[Tensor, KeyGradients, Tensor | None]:
     """The gradients of queries [T, heads, D] (with several groups of heads as wide as values:
     written over out), of keys and values, and of the output gate [T, heads, D or 1], where there is
@@ -214,17 +227,17 @@ def attention_backward(
         out: [T, heads * Dv].
         da: gradient of the output projection, [T, H].
     """
-    T, shape = x.shape[0], c.shape
+    T, shape = x.shape[0], call.shape
     dgate = None
     if shape.output_gate is not None:
-        numbers = shape.heads * shape.head_dim if c.gate_beside_queries else c.width("g")
+        numbers = shape.heads * shape.head_dim if call.gate_beside_queries else call.width("g")
         dgate = x.new_empty(T, shape.heads, numbers // shape.heads)
     whole = out.view(T, shape.heads, shape.value_dim)
-    if c.groups == 1:
-        dout = _ungated(x, out, da, dgate, c, ALL)
-        q = queries(x, c, ALL)
+    if call.groups == 1:
+        dout = _ungated(x, out, da, dgate, call, ALL)
+        q = queries(x, call, ALL)
         dq, of_keys, dsinks = sp.attention_backward_in_parts(
-            dout, q, k, v, whole, lse, c.plan, **c.options, **c.sinks(ALL)
+            dout, q, k, v, whole, lse, call.plan, **call.options, **call.sinks(ALL)
         )
         sums.add("sinks", dsinks)
         return dq, of_keys, dgate
@@ -233,17 +246,17 @@ def attention_backward(
     if shape.value_dim != shape.head_dim:
         dqs = x.new_empty(T, shape.heads, shape.head_dim)
     all_sinks: list[Any] = []
-    for mine, keys in c.group_slices():
-        dout = _ungated(x, out, da, dgate, c, mine)
+    for mine, keys in call.group_slices():
+        dout = _ungated(x, out, da, dgate, call, mine)
         kg, vg, og, lg = (
             k[:, keys].contiguous(),
             v[:, keys].contiguous(),
             whole[:, mine].contiguous(),
             lse[mine].contiguous(),
         )
-        q = queries(x, c, mine)
+        q = queries(x, call, mine)
         dq, dkg, dvg, dsinks = sp.attention_backward(
-            dout, q, kg, vg, og, lg, c.plan, **c.options, **c.sinks(mine)
+            dout, q, kg, vg, og, lg, call.plan, **call.options, **call.sinks(mine)
         )
         del q, dout, kg, vg, og, lg
         dqs[:, mine], dk[:, keys], dv[:, keys] = dq, dkg, dvg
@@ -261,7 +274,7 @@ def projections_backward(
     dgate: Tensor | None,
     dx: Tensor,
     pending: Tensor | None,
-    c: LayerCall,
+    call: LayerCall,
     sums: Sums,
 ) -> None:
     """dx += gradient through the norm and the projections.
@@ -270,19 +283,19 @@ def projections_backward(
         pending: [T, H] of a parallel layer: the gradient that the norm's output has from the MLP.
     """
     of_keys = functools.cache(of_keys)  # in the first chunk: what needs dq alone comes before
-    for s in c.chunks(x.shape[0]):
-        n = normed(x[s], c, "norm1")
+    for s in call.chunks(x.shape[0]):
+        n = normed(x[s], call, "norm1")
         dn = None if pending is None else pending[s]
-        if c.shape.latent is not None:
-            gq = turned_backward(dq[s], s, c, "q")
+        if call.shape.latent is not None:
+            gq = turned_backward(dq[s], s, call, "q")
             dk, dv = of_keys()
-            gk = turned_backward(dk[s], s, c, "k")
-            dn = latent.projections_backward(gq, gk, dv[s], n, c, sums, dn)
+            gk = turned_backward(dk[s], s, call, "k")
+            dn = latent.projections_backward(gq, gk, dv[s], n, call, sums, dn)
         else:
-            dn = _plain_backward(dq[s], of_keys, dgate, n, s, c, sums, dn)
-        if dgate is not None and not c.gate_beside_queries:
-            dn = through(dgate[s].flatten(1), n, c, "g", sums, dn)
-        dx[s] = normed_backward(dn, x[s], c, "norm1", sums, dx[s])
+            dn = _plain_backward(dq[s], of_keys, dgate, n, s, call, sums, dn)
+        if dgate is not None and not call.gate_beside_queries:
+            dn = through(dgate[s].flatten(1), n, call, "g", sums, dn)
+        dx[s] = normed_backward(dn, x[s], call, "norm1", sums, dx[s])
 
 
 def _plain_backward(
@@ -291,24 +304,24 @@ def _plain_backward(
     dgate: Tensor | None,
     n: Tensor,
     s: slice,
-    c: LayerCall,
+    call: LayerCall,
     sums: Sums,
     dn: Tensor | None,
 ) -> Tensor:
     """The gradient at the projections' input, [C, H], added to `dn` if it is given."""
-    gq = _made_backward(dq, n, s, c, "q", sums)
-    if dgate is not None and c.gate_beside_queries:
+    gq = _made_backward(dq, n, s, call, "q", sums)
+    if dgate is not None and call.gate_beside_queries:
         # [C, heads, D] twice -> [C, heads, 2, D] -> [C, heads * 2 * D]
         gq = torch.stack((gq.view(dgate[s].shape), dgate[s]), 2).flatten(1)
-    packed = c.rows("q")[0] == "qkv"
+    packed = call.rows("q")[0] == "qkv"
     if not packed:
-        dn = through(gq, n, c, "q", sums, dn)
+        dn = through(gq, n, call, "q", sums, dn)
     dk, dv = of_keys()
-    gk = _made_backward(dk[s], n, s, c, "k", sums)
-    gv = _made_backward(dv[s], n, s, c, "v", sums)
+    gk = _made_backward(dk[s], n, s, call, "k", sums)
+    gv = _made_backward(dv[s], n, s, call, "v", sums)
     if packed:
-        return through(torch.cat((gq, gk, gv), 1), n, c, "qkv", sums, dn)
-    if c.rows("v")[0] == "k":
-        return through(gk + gv, n, c, "k", sums, dn)
-    dn = through(gk, n, c, "k", sums, dn)
-    return through(gv, n, c, "v", sums, dn)
+        return through(torch.cat((gq, gk, gv), 1), n, call, "qkv", sums, dn)
+    if call.rows("v")[0] == "k":
+        return through(gk + gv, n, call, "k", sums, dn)
+    dn = through(gk, n, call, "k", sums, dn)
+    return through(gv, n, call, "v", sums, dn)

@@ -23,29 +23,29 @@ from longfactory.memory.layer.linears import (
 from longfactory.memory.layer_ops import wide
 
 
-def query_heads(n: Tensor, c: LayerCall, heads: slice) -> Tensor:
+def query_heads(n: Tensor, call: LayerCall, heads: slice) -> Tensor:
     """[C, H] -> [C, heads, D] of some heads."""
-    dim = c.shape.head_dim
+    dim = call.shape.head_dim
     rows = columns_of(heads, dim)
-    if c.shape.latent is not None and c.shape.latent.query_rank:
-        narrow = normed(linear(n, c, "q_a"), c, "q_a_norm")
-        return linear(narrow, c, "q_b", rows).view(n.shape[0], -1, dim)
-    return linear(n, c, "q", rows).view(n.shape[0], -1, dim)
+    if call.shape.latent is not None and call.shape.latent.query_rank:
+        narrow = normed(linear(n, call, "q_a"), call, "q_a_norm")
+        return linear(narrow, call, "q_b", rows).view(n.shape[0], -1, dim)
+    return linear(n, call, "q", rows).view(n.shape[0], -1, dim)
 
 
-def _narrow(n: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+def _narrow(n: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
     """[C, rank] before its norm, and the shared part of keys, [C, R]."""
-    assert c.shape.latent is not None
-    made = linear(n, c, "kv_a")
-    return made[:, : c.shape.latent.rank], made[:, c.shape.latent.rank :]
+    assert call.shape.latent is not None
+    made = linear(n, call, "kv_a")
+    return made[:, : call.shape.latent.rank], made[:, call.shape.latent.rank :]
 
 
-def keys_values(n: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
+def keys_values(n: Tensor, call: LayerCall) -> tuple[Tensor, Tensor]:
     """[C, H] -> [C, heads, D] and [C, heads, Dv]."""
-    shape = c.shape
+    shape = call.shape
     assert shape.latent is not None
-    narrow, shared = _narrow(n, c)
-    both = linear(normed(narrow, c, "kv_a_norm"), c, "kv_b")
+    narrow, shared = _narrow(n, call)
+    both = linear(normed(narrow, call, "kv_a_norm"), call, "kv_b")
     both = both.view(n.shape[0], shape.heads, shape.latent.plain + shape.value_dim)
     k = n.new_empty(n.shape[0], shape.heads, shape.head_dim)
     k[..., : shape.latent.plain] = both[..., : shape.latent.plain]
@@ -54,26 +54,26 @@ def keys_values(n: Tensor, c: LayerCall) -> tuple[Tensor, Tensor]:
 
 
 def projections_backward(
-    gq: Tensor, gk: Tensor, gv: Tensor, n: Tensor, c: LayerCall, sums: Sums, dn: Tensor | None
+    gq: Tensor, gk: Tensor, gv: Tensor, n: Tensor, call: LayerCall, sums: Sums, dn: Tensor | None
 ) -> Tensor:
     """The gradient at the projections' input, [C, H], added to `dn` if it is given.
 
     Args:
         gq, gk, gv: gradients of what `query_heads` and `keys_values` give.
     """
-    latent = c.shape.latent
+    latent = call.shape.latent
     assert latent is not None
     gq = gq.flatten(1)
     if latent.query_rank:
-        before = linear(n, c, "q_a")
-        g = through(gq, normed(before, c, "q_a_norm"), c, "q_b", sums)
-        g = normed_backward(g, before, c, "q_a_norm", sums)
-        dn = through(g, n, c, "q_a", sums, dn)
+        before = linear(n, call, "q_a")
+        g = through(gq, normed(before, call, "q_a_norm"), call, "q_b", sums)
+        g = normed_backward(g, before, call, "q_a_norm", sums)
+        dn = through(g, n, call, "q_a", sums, dn)
     else:
-        dn = through(gq, n, c, "q", sums, dn)
-    narrow, _ = _narrow(n, c)
+        dn = through(gq, n, call, "q", sums, dn)
+    narrow, _ = _narrow(n, call)
     both = torch.cat((gk[..., : latent.plain], gv), -1).flatten(1)
-    g = through(both, normed(narrow, c, "kv_a_norm"), c, "kv_b", sums)
-    g = normed_backward(g, narrow, c, "kv_a_norm", sums)
+    g = through(both, normed(narrow, call, "kv_a_norm"), call, "kv_b", sums)
+    g = normed_backward(g, narrow, call, "kv_a_norm", sums)
     shared = gk[..., latent.plain :].sum(1, dtype=wide(gk.dtype)).to(gk.dtype)
-    return through(torch.cat((g, shared), 1), n, c, "kv_a", sums, dn)
+    return through(torch.cat((g, shared), 1), n, call, "kv_a", sums, dn)

@@ -229,45 +229,45 @@ def mlp_name(place: int) -> str:
     return f"mlp.{place}"
 
 
-def normed(x: Tensor, c: LayerCall, name: str, heads: slice = ALL) -> Tensor:
+def normed(x: Tensor, call: LayerCall, name: str, heads: slice = ALL) -> Tensor:
     """A norm of the description, of some heads where it has a weight for each; x where there is
     none.
     """
-    form = c.shape.norm(name)
-    return x if form is None else norm(x, _norm_weight(c, name, heads), *form)
+    form = call.shape.norm(name)
+    return x if form is None else norm(x, _norm_weight(call, name, heads), *form)
 
 
 def normed_backward(
     dy: Tensor,
     x: Tensor,
-    c: LayerCall,
+    call: LayerCall,
     name: str,
     sums: Sums,
     other: Tensor | None = None,
 ) -> Tensor:
     """The gradient at a norm's input, `other` added to it; `dy` where there is no norm."""
-    form = c.shape.norm(name)
+    form = call.shape.norm(name)
     if form is None:
         return dy if other is None else dy + other
     dx, dweight = norm_backward(
-        dy, x, _norm_weight(c, name, ALL), form.eps, form.mean, form.zero_centred, other
+        dy, x, _norm_weight(call, name, ALL), form.eps, form.mean, form.zero_centred, other
     )
     sums.add(name, dweight)
     return dx
 
 
-def _norm_weight(c: LayerCall, name: str, heads: slice) -> Tensor | None:
-    weight = c.weights.get(name)
+def _norm_weight(call: LayerCall, name: str, heads: slice) -> Tensor | None:
+    weight = call.weights.get(name)
     return weight[heads] if weight is not None and weight.dim() == 2 else weight
 
 
 def linear(
-    x: Tensor, c: LayerCall, name: str, rows: Rows = ALL, out: Tensor | None = None
+    x: Tensor, call: LayerCall, name: str, rows: Rows = ALL, out: Tensor | None = None
 ) -> Tensor:
     """[C, in] -> [C, out], of some of the linear's outputs; written to `out` if it is given."""
-    bias = given = c.weights[f"{name}_bias"]
+    bias = given = call.weights[f"{name}_bias"]
     bias = None if bias is None else bias[rows].to(x.dtype)
-    weight, factor = c.weight(name)[rows], c.factor(name)
+    weight, factor = call.weight(name)[rows], call.factor(name)
     if factor is not None:
         bias = None
     if out is None:
@@ -276,8 +276,8 @@ def linear(
         y = torch.mm(x, weight.t(), out=out)
     else:
         y = torch.addmm(bias, x, weight.t(), out=out)
-    if name in c.adapters:
-        a, b, scale, _ = c.adapters[name]
+    if name in call.adapters:
+        a, b, scale, _ = call.adapters[name]
         y.addmm_(x @ a.t(), b[rows].t(), alpha=scale)
     if factor is None:
         return y
@@ -286,36 +286,36 @@ def linear(
 
 
 def linear_backward(
-    g: Tensor, c: LayerCall, name: str, into: Tensor | None = None, columns: slice = ALL
+    g: Tensor, call: LayerCall, name: str, into: Tensor | None = None, columns: slice = ALL
 ) -> tuple[Tensor, Tensor | None]:
     """[C, out] -> the gradient at some of the linear's inputs, [C, in], added to `into` if it is
     given; and g B, [C, r], where there is an adapter (with DoRA of f g).
     """
-    weight = c.weight(name)[:, columns]
-    g = _of_product(g, c, name)
+    weight = call.weight(name)[:, columns]
+    g = _of_product(g, call, name)
     dx = g @ weight if into is None else into.addmm_(g, weight)
-    if name not in c.adapters:
+    if name not in call.adapters:
         return dx, None
-    a, b, scale, _ = c.adapters[name]
+    a, b, scale, _ = call.adapters[name]
     gb = g @ b
     return dx.addmm_(gb, a[:, columns], alpha=scale), gb
 
 
-def _of_product(g: Tensor, c: LayerCall, name: str) -> Tensor:
+def _of_product(g: Tensor, call: LayerCall, name: str) -> Tensor:
     """The gradient of the products with a linear's weights, from that of what it gives."""
-    factor = c.factor(name)
+    factor = call.factor(name)
     return g if factor is None else scaled_gradient(g, factor)
 
 
-def low_gradient(g: Tensor, c: LayerCall, name: str) -> Tensor | None:
+def low_gradient(g: Tensor, call: LayerCall, name: str) -> Tensor | None:
     """g B, [C, r], as `linear_backward` gives it; None without an adapter."""
-    return _of_product(g, c, name) @ c.adapters[name].b if name in c.adapters else None
+    return _of_product(g, call, name) @ call.adapters[name].b if name in call.adapters else None
 
 
 def through(
     g: Tensor,
     x: Tensor,
-    c: LayerCall,
+    call: LayerCall,
     name: str,
     sums: Sums,
     into: Tensor | None = None,
@@ -326,7 +326,7 @@ def through(
     Args:
         made: what the linear gives, where it is at hand.
     """
-    dx, gb = linear_backward(g, c, name, into)
+    dx, gb = linear_backward(g, call, name, into)
     sums.outer(name, g, x, gb, made)
     return dx
 

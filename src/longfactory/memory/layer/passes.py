@@ -18,19 +18,19 @@ from longfactory.memory.layer.mlp_half import mlp_backward, mlp_forward
 from longfactory.memory.offload import Pair
 
 
-def forward(x: Tensor, c: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, call: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
     """[T, H] -> y [T, H], and attention's out [T, heads, Dv] and log-sum-exp."""
     # Types are chosen here; what autocast would add is a cast of every fp32 sum.
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        k, v = keys_values(x, c)
-        out, lse = attention(x, k, v, c)
+        k, v = keys_values(x, call)
+        out, lse = attention(x, k, v, call)
         del k, v
         flat = out.view(x.shape[0], -1)
         y = torch.empty_like(x)
-        for s in c.chunks(x.shape[0]):
-            mlp_forward(x, flat, y, s, c)
-        if c.scalar is not None:
-            y *= c.scalar
+        for s in call.chunks(x.shape[0]):
+            mlp_forward(x, flat, y, s, call)
+        if call.scalar is not None:
+            y *= call.scalar
     return y, out, lse
 
 

@@ -31,6 +31,15 @@ def layers_differ(
     documents: list[Tensor],
     device: torch.device,
 ) -> str | None:
+    """Compares the layers as they trained with transformers' own on each document alone.
+
+    Args:
+        runs: of the layers that are compared, on the whole row.
+        first: [T, hidden], what the first layer was given.
+        documents: token ids of each, [L].
+    Returns:
+        The first difference that is more than rounding, in words; None where there is none.
+    """
     calls: dict[int, list[list[OwnCall]]] = {run.index: [] for run in runs}
     model.eval()
     start, reason = 0, None

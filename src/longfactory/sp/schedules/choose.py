@@ -199,12 +199,12 @@ def candidates(ctx: SequenceParallel, length: int) -> list[Candidate]:
     return out
 
 
-def choice_of(
-    candidate: Candidate, n: int, length: int, segments: Sequence[Segment], reason: str = "measured"
-) -> Choice:
-    """The choice that a candidate stands for, for a row of `length` tokens over `n` ranks."""
+def choice_of(candidate: Candidate, n: int, length: int, segments: Sequence[Segment]) -> Choice:
+    """The choice that a measured candidate stands for, for a row of `length` tokens over `n`
+    ranks.
+    """
     layout = _layout(n, length, segments) if candidate.exchange == "gather" else "zigzag"
-    return Choice(candidate.ulysses, candidate.exchange, layout, f"{candidate.name(n)}: {reason}")
+    return Choice(candidate.ulysses, candidate.exchange, layout, f"{candidate.name(n)}: measured")
 
 
 def mean_keys(length: int, segments: Sequence[Segment]) -> float:

@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 ATTEMPT = "LONGFACTORY_ATTEMPT"
@@ -109,9 +110,11 @@ def connect(rank: int, world: int, seconds: float) -> Board:
     return Board(PrefixStore(prefix(), store), rank, world)
 
 
-def wait_for(condition: Any, seconds: float, pause: float = 0.1) -> Any:
-    """Calls until the result is not None or the time is up; returns the last result."""
+def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
+    """Calls, ten times a second, until the result is not None or the time is up; returns the last
+    result.
+    """
     end = time.monotonic() + seconds
     while (found := condition()) is None and time.monotonic() < end:
-        time.sleep(pause)
+        time.sleep(0.1)
     return found
