@@ -142,4 +142,14 @@ def steps(log: list[dict[str, float]]) -> list[dict[str, float]]:
     return [h for h in log if "loss" in h]
 
 
+def assert_same_log(one: list[dict[str, float]], two: list[dict[str, float]]) -> None:
+    """The logs of two runs of all `STEPS` have the same rows, but for what is measured."""
+    assert len(steps(one)) == STEPS and [h.keys() for h in one] == [h.keys() for h in two]
+    for a, b in zip(one, two, strict=True):
+        for key in a:
+            # flos: padding is another
+            if not any(word in key for word in ("time", "second", "flos")):
+                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=2e-5), key
+
+
 LORA = {"finetuning_type": "lora", "lora_target": "all", "lora_rank": 4, "learning_rate": 1e-2}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,17 +24,7 @@ IDS = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))
 
 
 def quantised(folder: Path, bits: int | None = 4) -> Any:
-    args = SimpleNamespace(
-        model_name_or_path=str(folder),
-        train_from_scratch=False,
-        trust_remote_code=False,
-        attention_dropout=None,
-        rope_scaling=None,
-        quantization_bit=bits,
-        quantization_method="bnb",
-        double_quantization=True,
-        quantization_type="nf4",
-    )
+    args = ModelArguments(model_name_or_path=str(folder), quantization_bit=bits)
     return load.load_model(
         args,
         load.load_config(args, 128),

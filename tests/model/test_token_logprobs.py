@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from largest_tensor import LargestTensor
 from longfactory.model.token_logprobs import (
     LogitTransform,
     TokenLogprobs,
@@ -215,21 +215,6 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32() -> None:
     a, b = model.lm_head.weight.grad, other.lm_head.weight.grad
     assert a.dtype == torch.float32
     assert (a - b).norm() / b.norm() < 0.02
-
-
-class LargestTensor(TorchDispatchMode):
-    """Numbers of the largest tensor that any operator makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor):
-                self.numel = max(self.numel, t.numel())
-        return out
 
 
 def largest(vocabulary: int, tokens: int, chunk: int, kind: str) -> int:

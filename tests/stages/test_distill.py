@@ -22,15 +22,20 @@ def logits(seed: int, n: int = 7) -> Tensor:
 KINDS = [("forward", 0.5), ("reverse", 0.5), ("js", 0.5), ("js", 0.1)]
 
 
-@pytest.mark.parametrize(("kind", "beta"), KINDS)
-def test_divergences_over_the_vocabulary(kind: str, beta: float) -> None:
-    p, q = logits(1).softmax(-1), logits(2).softmax(-1)
+def formula(p: Tensor, q: Tensor, kind: str, beta: float) -> Tensor:
+    """[...] of distributions [..., V], the teacher's p and the model's q."""
     m = beta * p + (1 - beta) * q
-    want = {
+    return {
         "forward": (p * (p / q).log()).sum(-1),
         "reverse": (q * (q / p).log()).sum(-1),
         "js": beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1),
     }[kind]
+
+
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_divergences_over_the_vocabulary(kind: str, beta: float) -> None:
+    p, q = logits(1).softmax(-1), logits(2).softmax(-1)
+    want = formula(p, q, kind, beta)
     got = divergence(p.log(), q.log(), kind, beta)  # type: ignore[arg-type]
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
@@ -58,13 +63,7 @@ def test_what_is_not_stored_counts_as_one_entry(kind: str, beta: float) -> None:
     others = torch.ones(7, V, dtype=torch.bool).scatter(1, ids, False)
     own = b.softmax(-1)
     q = torch.cat([own.gather(1, ids), (own * others).sum(-1, keepdim=True)], -1)
-    p, m = rows[0].exp(), None
-    m = beta * p + (1 - beta) * q
-    want = {
-        "forward": (p * (p / q).log()).sum(-1),
-        "reverse": (q * (q / p).log()).sum(-1),
-        "js": beta * (p * (p / m).log()).sum(-1) + (1 - beta) * (q * (q / m).log()).sum(-1),
-    }[kind]
+    want = formula(rows[0].exp(), q, kind, beta)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
     got.sum().backward()
     want.sum().backward()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from longfactory.testing import RankError
-from small_runs import POOLS, STEPS, home, keys, steps, train
+from small_runs import POOLS, STEPS, assert_same_log, home, keys, steps, train
 
 pytestmark = pytest.mark.processes
 
@@ -73,11 +73,7 @@ def test_two_processes_learn_from_rollouts_what_one_learns(home: Path, name: str
         **{**RL, **SLOW}[name],
     }
     one, two = (train(home, f"rl {name}{n}", n, **changes) for n in (1, 2))
-    assert len(steps(one)) == STEPS and [h.keys() for h in one] == [h.keys() for h in two]
-    for a, b in zip(one, two, strict=True):
-        for key in a:
-            if not any(word in key for word in ("time", "second", "flos")):
-                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=2e-5), key
+    assert_same_log(one, two)
     assert {"advantage", "staleness", "ratio", "kl"} <= steps(one)[0].keys()
     assert steps(one)[0]["grad_norm"] > 1e-3
 
@@ -138,11 +134,7 @@ def test_two_processes_learn_from_a_teacher_what_one_learns(home: Path, name: st
     one, two = (
         train(home, f"distill {name}{n}", n, home / f"cache {name}{n}", **changes) for n in (1, 2)
     )
-    assert len(steps(one)) == STEPS and [h.keys() for h in one] == [h.keys() for h in two]
-    for a, b in zip(one, two, strict=True):
-        for key in a:
-            if not any(word in key for word in ("time", "second", "flos")):
-                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=2e-5), key
+    assert_same_log(one, two)
     first, last = steps(one)[0], steps(one)[-1]
     assert first["divergence"] > 1e-3 and last["divergence"] < first["divergence"]
     files = list((home / f"cache {name}2").rglob("part-*.safetensors"))

@@ -186,19 +186,12 @@ def four_bit_lora(folder: Path, double: bool) -> Any:
     """A model of four bits with LoRA on all linears, B not zero, prepared for the engine."""
     from peft import LoraConfig, get_peft_model
 
+    from longfactory.config.arguments import ModelArguments
     from longfactory.model import load
     from longfactory.sp import SequenceParallel, hf
 
-    args = SimpleNamespace(
-        model_name_or_path=str(folder),
-        train_from_scratch=False,
-        trust_remote_code=False,
-        attention_dropout=None,
-        rope_scaling=None,
-        quantization_bit=4,
-        quantization_method="bnb",
-        double_quantization=double,
-        quantization_type="nf4",
+    args = ModelArguments(
+        model_name_or_path=str(folder), quantization_bit=4, double_quantization=double
     )
     config = load.load_config(args, 128)
     quantization = load.quantization_config(args, torch.float32)

@@ -14,7 +14,7 @@ import torch
 from longfactory.config import from_mapping
 from longfactory.errors import UserError
 from longfactory.testing import RankError
-from small_runs import LORA, POOLS, STEPS, home, keys, run_keys, steps, train
+from small_runs import LORA, POOLS, STEPS, assert_same_log, home, keys, run_keys, steps, train
 
 pytestmark = pytest.mark.processes
 
@@ -58,12 +58,7 @@ def test_two_processes_train_what_one_trains(home: Path, name: str) -> None:
     if "ref_model" in changes:
         changes["ref_model"] = home / changes["ref_model"]
     one, two = (train(home, f"{name}{n}", n, **changes) for n in (1, 2))
-    assert len(steps(one)) == STEPS and [h.keys() for h in one] == [h.keys() for h in two]
-    for a, b in zip(one, two, strict=True):
-        for key in a:
-            # flos: padding is another
-            if not any(word in key for word in ("time", "second", "flos")):
-                assert b[key] == pytest.approx(a[key], rel=1e-3, abs=2e-5), key
+    assert_same_log(one, two)
     first, last = steps(one)[0], steps(one)[-1]
     assert first["loss"] != last["loss"]
     # The last step is evaluated once: what follows the training takes that result.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kinds_of_tiles import TILES
+from largest_tensor import LargestTensor
 from longfactory import config, kernel_names
 from longfactory.sp import SequenceParallel, backends
 from longfactory.sp.tiles import Tile
@@ -170,22 +170,9 @@ def test_plain_attention_needs_no_memory_that_grows_with_the_row(
     for rows in (128, 256):
         tile = Tile(slice(0, rows), slice(0, rows), kind)  # type: ignore[arg-type]
         q, k, v, dout = random_inputs(rows, 2, 1, 4, dtype=torch.float32)
-        with Largest() as seen:
+        with LargestTensor() as seen:
             out, lse = backends.math.forward(q, k, v, tile, 0.5, None)
             backends.math.backward(dout, q, k, v, out, lse, tile, 0.5, None)
-        largest.append(seen.numbers)
-        assert seen.numbers <= max(q.numel(), 2 * 16 * 16)
+        largest.append(seen.numel)
+        assert seen.numel <= max(q.numel(), 2 * 16 * 16)
     assert largest[1] == 2 * largest[0]
-
-
-class Largest(TorchDispatchMode):
-    """Numbers of the largest tensor that an operator gives."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(x, torch.Tensor):
-                self.numbers = max(self.numbers, x.numel())
-        return out
