@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
+import vision_models
 from longfactory import sp
 from longfactory.sp import hf
 from longfactory.sp.guard import guard
@@ -117,24 +118,43 @@ def test_masks_are_inspected() -> None:
         create_bidirectional_mask(**arguments, attention_mask=None)
 
 
+@pytest.mark.parametrize(
+    ("family", "dims"),
+    [
+        *(("llama", 1), ("qwen3_5_text", 1), ("qwen3_vl", 1)),
+        *(("qwen2_5_vl", 4), ("qwen3_vl", 4), ("glm4v_moe", 4)),
+    ],
+)
 def test_documents_are_not_searched_in_positions_that_carry_a_plan(
-    monkeypatch: pytest.MonkeyPatch,
+    family: str, dims: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The search waits for the device; models of other attention go on searching."""
-    jumping = torch.tensor([[0, 1, 2, 0, 1]])
-    found = masking_utils.find_packed_sequence_indices(jumping)
-    assert found.tolist() == [[0, 0, 0, 1, 1]]
-    model = tiny_model("llama")
+    """The search waits for the device. Models with positions of images pass on those of text, a
+    view; what a model of other attention is given is searched, of the same row too.
+    """
+    images = family in vision_models.MODELS
+    model = vision_models.model(family, attention="sdpa") if images else tiny_model(family)
     hf.prepare(model, ONE)
     r, segments = row([9, 15])
+    whole = r["position_ids"]
+    if dims == 4:
+        r["position_ids"] = whole.expand(4, -1)
+    plan = sp.plan(24, segments, ONE)
+    searched: list[Tensor] = []
+    diff = torch.diff
 
-    def search(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("searched")
+    def search(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        searched.append(x)
+        return diff(x, *args, **kwargs)
 
     monkeypatch.setattr(torch, "diff", search)
-    model(**hf.inputs(r, sp.plan(24, segments, ONE)))
-    with pytest.raises(AssertionError, match="searched"):
-        masking_utils.find_packed_sequence_indices(jumping)
+    logits = model(**hf.inputs(r, plan)).logits
+    assert not searched
+    found = masking_utils.find_packed_sequence_indices(whole[None])
+    assert len(searched) == 1 and found.tolist() == [[0] * 9 + [1] * 15]
+    with monkeypatch.context() as patch:
+        find = masking_utils.find_packed_sequence_indices
+        patch.setattr(masking_utils, "find_packed_sequence_indices", find.__wrapped__)
+        assert torch.equal(model(**hf.inputs(r, plan)).logits, logits)
 
 
 @pytest.mark.parametrize(

@@ -280,12 +280,14 @@ def _lost(function: Callable, found: set[tuple[str, int]]) -> str | None:
 
 def _documents(find: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
     """transformers' search for documents in position ids, which waits for the device in each
-    forward pass, without it where the plan knows them (`inputs`).
+    forward pass, without it where the plan knows them (`inputs`): of models with positions of
+    images, which take those of text out of four, by the tensor that they are a view of.
     """
 
     @functools.wraps(find)
     def found(position_ids: Tensor) -> Tensor | None:
-        return None if hasattr(position_ids, "sp_plan") else find(position_ids)
+        known = any(hasattr(t, "sp_plan") for t in (position_ids, position_ids._base))
+        return None if known else find(position_ids)
 
     return found
 
@@ -332,7 +334,9 @@ def inputs(row: Mapping[str, Tensor], plan: RowPlan) -> dict[str, Any]:
     if positions.dim() == 1:
         positions = shard(positions, plan)[None]
     else:  # [4, T] -> [4, 1, T/n]
-        positions = shard(positions.t(), plan).t()[:, None].contiguous()
+        positions = shard(positions.t(), plan).t()[:, None]
+    # No view: a model's view of it is known as that by it, and nothing else is.
+    positions = positions.clone(memory_format=torch.contiguous_format)
     positions.sp_plan = plan  # type: ignore[attr-defined]
     return {"input_ids": ids, "position_ids": positions, "sp_plan": plan, "use_cache": False}
 
