@@ -330,6 +330,10 @@ def load_model(
     if widening is not None:
         # By these a save would round the weights to the published format again.
         model.__dict__.pop("_weight_conversions", None)
+        # transformers up to 5.22 makes bf16 of MXFP4, whatever was asked for.
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(dtype)
     if by_hqq is not None:
         cuda = torch.cuda.is_available()
         where = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")

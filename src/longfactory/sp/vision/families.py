@@ -125,8 +125,12 @@ def anyres_features(model: Any, images: Sequence[Images], device: torch.device) 
     for image in images:
         pixels = image.pixels.to(device, non_blocking=True)
         if image.kind == "video":
+            frames, height, width = image.grid
             features = model.get_video_features(pixels[None], return_dict=True).pooler_output[0]
-            out.append(features if image.ends else features[:-1])
+            # Newer versions of transformers have the last token among the features, 5.17 has not.
+            out.append(features[: frames * -(-height // 2) * -(-width // 2)])
+            # Of no rows too: every rank has a gradient for it, be it zero.
+            out.append(model.image_newline[None][: int(image.ends)])
             continue
         # A sample of several images has them whole; so has one of two, which this is taken for.
         several = {"batch_num_images": torch.tensor([2])} if image.grid[0] == 1 else {}
