@@ -193,11 +193,12 @@ def _data(cfg: RunConfig, tokenizer: Any, found: Found) -> None:
         except UserError as error:
             found.problem(error)
         return
+    reader = Reader(cfg, options, kind, template, tokenizer, found)
     names = (*cfg.data.dataset, *cfg.data.eval_dataset)
     for name in dict.fromkeys(names):
         try:
             questions = bool(options.do_predict) and name not in cfg.data.dataset
-            _data_set(cfg, options, name, kind, template, tokenizer, questions, found)
+            _data_set(name, questions, reader)
         except DataError as error:
             found.problem(error)
     if names:
@@ -221,39 +222,43 @@ def _template(cfg: RunConfig, options: Any, tokenizer: Any, found: Found) -> Any
     return None
 
 
-def _data_set(
-    cfg: RunConfig,
-    options: Any,
-    name: str,
-    kind: Kind,
-    template: Any,
-    tokenizer: Any,
-    questions: bool,
-    found: Found,
-) -> None:
-    """Raises DataError for what is wrong with one name of `dataset`."""
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """What the first rows of the run's data sets are read with.
+
+    Attributes:
+        kind: of samples that the stage learns from.
+        template, tokenizer: None where they are not known; rows are then parsed alone.
+        found: gets notes, and what could not be checked.
+    """
+
+    cfg: RunConfig
+    options: Any
+    kind: Kind
+    template: Any
+    tokenizer: Any
+    found: Found
+
+
+def _data_set(name: str, questions: bool, reader: Reader) -> None:
+    """Raises DataError for what is wrong with one name of `dataset`.
+
+    Args:
+        questions: answers may be missing: it is for do_predict.
+    """
     from longfactory.data.sources import read_sources
 
-    if cfg.data.dataset_dir == "ONLINE" or cfg.data.dataset_dir.startswith("REMOTE:"):
+    folder, found = reader.cfg.data.dataset_dir, reader.found
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
         found.unchecked.append(
-            f"Data set {name!r} is on the hub (dataset_dir: {cfg.data.dataset_dir}) and was not"
-            " looked up."
+            f"Data set {name!r} is on the hub (dataset_dir: {folder}) and was not looked up."
         )
         return
-    for source in read_sources([name], cfg.data.dataset_dir, found.notes.append):
-        _source(cfg, options, source, kind, template, tokenizer, questions, found)
+    for source in read_sources([name], folder, found.notes.append):
+        _source(source, questions, reader)
 
 
-def _source(
-    cfg: RunConfig,
-    options: Any,
-    source: DataSource,
-    kind: Kind,
-    template: Any,
-    tokenizer: Any,
-    questions: bool,
-    found: Found,
-) -> None:
+def _source(source: DataSource, questions: bool, reader: Reader) -> None:
     """The same, of one data set of it."""
     from longfactory.data import module
     from longfactory.data.errors import BadRow
@@ -262,7 +267,8 @@ def _source(
     from longfactory.errors import DataError
     from longfactory.model import load
 
-    name = source.name
+    name, cfg, options, found = source.name, reader.cfg, reader.options, reader.found
+    kind, tokenizer = reader.kind, reader.tokenizer
     kind.check_source(source, cfg.method.stage)
     if source.load_from != "file":
         where = "the hub" if source.load_from == "hub" else "another machine"
@@ -284,7 +290,7 @@ def _source(
         return
     media = load.load_media(cfg.model, options, tokenizer)
     preparer = module.make_preparer(
-        source, options, kind, template, PieceTokenizer(tokenizer), questions, media
+        source, options, kind, reader.template, PieceTokenizer(tokenizer), questions, media
     )
     bad = preparer.chunk([(i, place, raw) for i, (place, raw) in enumerate(rows)]).bad
     if bad.count == len(rows):

@@ -30,6 +30,8 @@ from longfactory.memory.technique import Bytes, LayerMoments, Technique, Work
 from longfactory.memory.temporaries import temporary_bytes
 from longfactory.sp.position import at
 
+TOKENS = -2  # the dim of hidden states that is cut, [..., T, H]
+
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar("inside", default=False)
 
 
@@ -85,7 +87,6 @@ class _ChunkedCall:
     # asked again in backward: sharding swaps parameters between the passes
     params: Callable[[], Sequence[Tensor]]
     chunk: int
-    dim: int
     amp: Callable[[], torch.autocast]
     dtype: torch.dtype | None = None  # of the output
 
@@ -105,7 +106,7 @@ class _Store(torch.autograd.Function):
         needs_x, needs_p = ctx.needs_input_grad[1], ctx.needs_input_grad[2:]
         params = list(call.params())
         wanted = [p for p, needs in zip(params, needs_p, strict=True) if needs]
-        length = x.shape[call.dim]
+        length = x.shape[TOKENS]
         sums = [GradientSum(-(-length // call.chunk)) for _ in wanted]
         dx = torch.empty_like(x) if needs_x else None
         if call.dtype is not None:
@@ -113,15 +114,13 @@ class _Store(torch.autograd.Function):
         for i in range(0, length, call.chunk):
             n = min(call.chunk, length - i)
             with torch.enable_grad(), call.amp():
-                part = x.narrow(call.dim, i, n).detach().requires_grad_(needs_x)
+                part = x.narrow(TOKENS, i, n).detach().requires_grad_(needs_x)
                 y = _run_at(i, call.fn, part)
             inputs = [part, *wanted] if needs_x else wanted
-            grads = list(
-                torch.autograd.grad(y, inputs, dy.narrow(call.dim, i, n), allow_unused=True)
-            )
+            grads = list(torch.autograd.grad(y, inputs, dy.narrow(TOKENS, i, n), allow_unused=True))
             if dx is not None:
                 g = grads.pop(0)
-                target = dx.narrow(call.dim, i, n)
+                target = dx.narrow(TOKENS, i, n)
                 target.zero_() if g is None else target.copy_(g)
             for total, g in zip(sums, grads, strict=True):
                 total.add(g)
@@ -142,7 +141,7 @@ class _Compute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _ChunkedCall, x: Tensor) -> Tensor:  # type: ignore[override]
         with call.amp():
-            y = _in_chunks(call.fn, x, call.chunk, call.dim)
+            y = _in_chunks(call.fn, x, call.chunk)
         call.dtype = y.dtype
         return y
 
@@ -151,17 +150,17 @@ class _Compute(torch.autograd.Function):
         return None, dy
 
 
-def _in_chunks(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int, dim: int) -> Tensor:
-    length = x.shape[dim]
+def _in_chunks(fn: Callable[[Tensor], Tensor], x: Tensor, chunk: int) -> Tensor:
+    length = x.shape[TOKENS]
     if length <= chunk:
         return fn(x)
     out: Tensor | None = None
     for i in range(0, length, chunk):
         n = min(chunk, length - i)
-        y = _run_at(i, fn, x.narrow(dim, i, n))
+        y = _run_at(i, fn, x.narrow(TOKENS, i, n))
         if out is None:
             out = torch.empty(x.shape, dtype=y.dtype, device=y.device)
-        out.narrow(dim, i, n).copy_(y)
+        out.narrow(TOKENS, i, n).copy_(y)
     assert out is not None
     return out
 
@@ -171,20 +170,20 @@ def run_in_chunks(
     x: Tensor,
     params: Callable[[], Sequence[Tensor]],
     chunk: int | None,
-    dim: int = -2,
 ) -> Tensor:
-    """`fn(x)`, where each position along `dim` depends on the same position of `x` alone and the
-    shape does not change.
+    """`fn(x)`, where each token depends on the same token of `x` alone and the shape does not
+    change.
 
     Args:
+        x: [..., T, H].
         params: gives the parameters that `fn` uses. They become inputs of the autograd function, so
             that hooks on their gradients (DDP, FSDP2, ZeRO) see one gradient a call.
-        chunk: positions in a chunk; None for all at once (still: only `x` is stored).
+        chunk: tokens in a chunk; None for all at once (still: only `x` is stored).
     """
-    chunk = chunk or x.shape[dim]
+    chunk = chunk or x.shape[TOKENS]
     if not torch.is_grad_enabled():
-        return _in_chunks(fn, x, chunk, dim)
-    call = _ChunkedCall(fn, params, chunk, dim, autocast_as_now(x.device.type))
+        return _in_chunks(fn, x, chunk)
+    call = _ChunkedCall(fn, params, chunk, autocast_as_now(x.device.type))
     return _Compute.apply(call, _Store.apply(call, x, *params()))
 
 

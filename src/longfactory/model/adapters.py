@@ -208,15 +208,13 @@ def freeze_idle(model: nn.Module) -> Idle:
     return parts
 
 
-def cast_trainable(
-    model: nn.Module, dtype: torch.dtype = torch.float32, values: bool = True
-) -> None:
+def cast_trainable(model: nn.Module, values: bool = True) -> None:
     """fp32 master weights: an update of 1e-5 is lost in a bf16 weight. `values`: the weights have
     some; else nothing is written into the wider memory, which the host then does not provide.
     """
     for p in model.parameters():
-        if p.requires_grad and p.is_floating_point() and p.dtype != dtype:
-            p.data = p.data.to(dtype) if values else torch.empty_like(p.data, dtype=dtype)
+        if p.requires_grad and p.is_floating_point() and p.dtype != torch.float32:
+            p.data = p.data.float() if values else torch.empty_like(p.data, dtype=torch.float32)
 
 
 def _freeze(model: nn.Module, method: Any) -> None:
