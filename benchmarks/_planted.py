@@ -37,8 +37,8 @@ def _settings(**replaced: Callable[[Any], Any]) -> Any:
     """Inside the block the engine works with other settings than it was called with."""
 
     def change(check: Any) -> Any:
-        def call(*args: Any) -> Any:
-            made = check(*args)
+        def call(*args: Any, **settings: Any) -> Any:
+            made = check(*args, **settings)
             fields = {
                 f: getattr(made, f)
                 for f in ("plan", "scale", "window", "chunk", "softcap", "sinks", "copies")
