@@ -19,6 +19,7 @@ from longfactory.config.arguments import ModelArguments
 from longfactory.errors import UserError
 from longfactory.model import load, rope
 from longfactory.testing import tiny_model
+from small_runs import write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +188,16 @@ def test_a_model_without_rotary_positions_is_not_stretched(tmp_path: Path) -> No
     tiny_model("gpt2", max_position_embeddings=64).config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"gpt2 have no rotary positions. .* cutoff_len: 64"):
         load.load_config(arguments(tmp_path, rope_scaling="yarn"), 128)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_keeps_its_side_of_padding(side: str, folder: Path, tmp_path: Path) -> None:
+    """Rows are not padded here, and who generates with the saved model pads as its makers did."""
+    load.load_config(arguments(folder), 128).save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": side}))
+    assert load.load_tokenizer(arguments(tmp_path)).padding_side == side
 
 
 def test_weights_are_loaded_or_made_anew(folder: Path) -> None:

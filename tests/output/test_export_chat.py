@@ -29,7 +29,7 @@ from longfactory.config import load_config
 from longfactory.errors import UserError
 from longfactory.output.chat import chat
 from longfactory.output.export import export
-from longfactory.output.load import refuse_stretched, with_positions
+from longfactory.output.load import load_tokenizer, refuse_stretched, with_positions
 from longfactory_dev.tiny_models import tiny_model
 
 pytestmark = pytest.mark.usefixtures("as_a_command")
@@ -168,6 +168,20 @@ def test_an_adapter_is_merged_into_the_positions_that_it_was_trained_with(
     want = PeftModel.from_pretrained(want, adapter)
     assert torch.allclose(logits(stretched), logits(want), atol=1e-6)
     assert not torch.allclose(logits(stretched), logits(PeftModel.from_pretrained(tiny(), adapter)))
+
+
+def test_another_template_than_that_of_the_training_is_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapt(tiny(), tmp_path, 1)
+    (tmp_path / "longfactory.yaml").write_text("template: qwen\n")
+    for template, told in (("qwen", 0), ("chatml", 1)):
+        load_tokenizer(
+            load_config(
+                words(folder, adapter_name_or_path=tmp_path, template=template), command="chat"
+            )
+        )
+        assert caplog.text.count("was trained with qwen: its answers may not end") == told
 
 
 def test_positions_that_an_adapter_was_trained_with_are_not_lost(

@@ -7,6 +7,7 @@ second. Whether a checkpoint is whole is found later, by all processes together
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -127,6 +128,17 @@ def write_whole(path: Path, text: str) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+def keys_beside(folder: str | Path) -> dict[str, Any]:
+    """The keys of the run that wrote a model's or an adapter's folder, or a checkpoint in it; empty
+    where they are not there or cannot be read.
+    """
+    path = Path(folder)
+    for place in (path, *([path.parent] if path.name.startswith("checkpoint-") else [])):
+        with contextlib.suppress(ConfigError):
+            return read_file(place / RUN_FILE)
+    return {}
 
 
 def configuration_digest(cfg: RunConfig) -> str:

@@ -122,7 +122,6 @@ def load_tokenizer(args: Any) -> Any:
             path,
             use_fast=args.use_fast_tokenizer,
             split_special_tokens=args.split_special_tokens,
-            padding_side="right",
             **_hub_arguments(args, path),
             **extra,
         )

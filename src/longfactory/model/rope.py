@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
-from longfactory.config.folder import RUN_FILE
-from longfactory.config.read import read_file
-from longfactory.errors import ConfigError, UserError
+from longfactory.config.folder import keys_beside
+from longfactory.errors import UserError
 
 STRETCHES = (
     *("factor", "original_max_position_embeddings", "attention_factor"),
@@ -127,17 +125,9 @@ def of_adapter(adapter: str) -> Trained | None:
     """What the run of an adapter's folder, or of a checkpoint's, was given; None where its keys are
     not there. The adapter's own files say nothing of positions.
     """
-    folder = Path(adapter)
-    beside = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
-    for place in beside:
-        try:
-            given = read_file(place / RUN_FILE)
-        except ConfigError:
-            continue
-        cutoff = given.get("cutoff_len")
-        if isinstance(cutoff, int):
-            return Trained(given.get("rope_scaling"), cutoff)
-    return None
+    given = keys_beside(adapter)
+    cutoff = given.get("cutoff_len")
+    return Trained(given.get("rope_scaling"), cutoff) if isinstance(cutoff, int) else None
 
 
 def differ(before: Any, after: Any) -> bool:

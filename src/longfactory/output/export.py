@@ -63,7 +63,7 @@ def export(cfg: RunConfig) -> Path:
     part.mkdir(parents=True)
     try:
         model.save_pretrained(part, max_shard_size=f"{cfg.output.export_size}GB")
-        tokenizer.padding_side = "left"  # for generation
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # to generate
         tokenizer.save_pretrained(part)
         completed = saved.complete(
             part, source, model, max_bytes=int(cfg.output.export_size * 10**9)

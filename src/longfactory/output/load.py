@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longfactory.config.folder import keys_beside
 from longfactory.errors import UserError
 from longfactory.model import rope
 from longfactory.model.adapters import merge_adapter
@@ -138,6 +139,13 @@ def load_tokenizer(cfg: RunConfig) -> Any:
     from longfactory.model import load as models
 
     args = cfg.model
+    wrote = (str(args.model_name_or_path), *args.adapter_name_or_path)[-1]
+    had = keys_beside(wrote).get("template")
+    if had and cfg.data.template not in (None, had):
+        log.warning(
+            "template: %s, but %s was trained with %s: its answers may not end.",
+            *(cfg.data.template, wrote, had),
+        )
     if (
         args.adapter_name_or_path
         and (Path(args.adapter_name_or_path[-1]) / "tokenizer_config.json").is_file()
