@@ -9,7 +9,8 @@ until the second backward.
 from __future__ import annotations
 
 import logging
-from typing import Any
+import re
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,7 +21,9 @@ from longfactory import sp
 from longfactory.errors import UserError
 from longfactory.sp import hf, probe
 from longfactory.train.ranks import from_all
-from longfactory.train.trainer import RowTrainer
+
+if TYPE_CHECKING:
+    from longfactory.train.trainer import RowTrainer
 
 log = logging.getLogger("longfactory")
 
@@ -80,6 +83,43 @@ def refuse_unused(trainer: RowTrainer) -> None:
             "them (finetuning_type: freeze or lora), use one process or sharding: fsdp2, or "
             "set ddp_find_unused_parameters: true."
         )
+
+
+def refuse_missing(model: nn.Module, optimizer: Any) -> None:
+    """Under DDP, after the backward pass of a step, on a process that has no gradient for what
+    others have one for: an expert that no token of its row chose. The others wait for it, and the
+    next message of this process would be taken for that gradient. Not collective.
+
+    Args:
+        model: as it is wrapped.
+        optimizer: of its trained parameters.
+    Raises:
+        UserError: names the parameters, and the key to set.
+    """
+    if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
+        return
+    trained = (p for group in optimizer.param_groups for p in group["params"])
+    if any(p.requires_grad and p.grad is None for p in trained):
+        raise UserError(_missing(without_gradient(model)))
+
+
+def explain_unreduced(error: RuntimeError, model: nn.Module) -> str | None:
+    """DDP's own error where a parameter had no gradient, in words; None for another error."""
+    text = str(error)
+    if "Expected to have finished reduction" not in text:
+        return None
+    found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    places = [int(word) for word in found[1].split()] if found else []
+    return _missing([trained[place].removeprefix("module.") for place in places])
+
+
+def _missing(names: list[str]) -> str:
+    return (
+        f"Trainable parameters got no gradient from the rows of this process: {_some(names)}. With"
+        " DDP each process must have a gradient of every trained parameter. Set"
+        " ddp_find_unused_parameters: true, or do not train them (finetuning_type: freeze or lora)."
+    )
 
 
 def _some(names: list[str]) -> str:

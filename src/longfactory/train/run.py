@@ -40,7 +40,7 @@ from longfactory.train.callbacks import AtStart, objects_frozen
 from longfactory.train.checkpoint.choose import Start, choose_start
 from longfactory.train.checkpoint.place import check_place
 from longfactory.train.checkpoint.prune import remove_leftovers
-from longfactory.train.gradients import ReportUnused, refuse_unused
+from longfactory.train.gradients import ReportUnused, explain_unreduced, refuse_unused
 from longfactory.train.groups import init_distributed
 from longfactory.train.make import make_trainer
 from longfactory.train.memory_plan import FitMemory, Memory
@@ -234,6 +234,11 @@ def _run(cfg: RunConfig, watch: Watch | None, store: Any) -> dict[str, float]:
                 result = trainer.train(resume_from_checkpoint=checkpoint)
         except torch.OutOfMemoryError as error:
             raise UserError(explain_out_of_memory(assembled.memory.plan, error)) from error
+        except RuntimeError as error:
+            said = explain_unreduced(error, trainer.model_wrapped)
+            if said is None:
+                raise
+            raise UserError(said) from error
         if trainer.finished:
             log.info(f"{checkpoint} is of this run's last step: there is nothing left to train.")
         metrics.update(result.metrics)

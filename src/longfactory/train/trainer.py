@@ -50,6 +50,7 @@ from longfactory.train.checkpoint.facts import RunFacts
 from longfactory.train.checkpoint.trainer import ResumableTrainer
 from longfactory.train.contracts import check_trainer
 from longfactory.train.embedding_noise import noisy_embeddings, token_keys, token_scales
+from longfactory.train.gradients import refuse_missing
 from longfactory.train.loader import (
     Collate,
     RowSampler,
@@ -458,6 +459,8 @@ class RowTrainer(ResumableTrainer):
         optimizer, last = self._split_adamw(), self.accelerator.sync_gradients
         with contextlib.nullcontext() if optimizer is None else optimizer.during_backward(last):
             loss = super().training_step(*args, **kwargs)
+        if optimizer is None and last:
+            refuse_missing(self.model_wrapped, self.optimizer)
         self.numbers.add(loss)
         if optimizer is not None and self.args.gradient_accumulation_steps > 1:
             optimizer.accumulate(last=last)
