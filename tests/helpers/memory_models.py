@@ -12,8 +12,22 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longfactory import sp
+from longfactory.memory.settings import MemorySettings
 from longfactory.sp import hf
 from longfactory.sp.layout import Segment
+
+ALL = MemorySettings(
+    keep_attention=1.0,
+    offload="inputs+attention",
+    pool_bytes=64 << 20,
+    last_layers_on_gpu=1,
+    mlp_chunk=5,
+    attention_groups=2,
+)
+IN_SEGMENTS = MemorySettings(
+    segment_layers=2, keep_attention=0.5, offload="inputs", pool_bytes=64 << 20, mlp_chunk=8
+)
+"""Settings that take every technique at once."""
 
 TINY = {
     "hidden_size": 32,

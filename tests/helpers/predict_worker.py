@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from test_predict import DOCUMENTS, GREEDY, make_tokenizer
 
 import cpu_sharding
 from longfactory.train.predict import predict
+from predicted import DOCUMENTS, GREEDY, make_tokenizer
 from saving_worker import held, make, whole
 
 

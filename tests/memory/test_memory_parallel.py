@@ -9,22 +9,10 @@ import pytest
 import memory_ranks
 from longfactory.memory.settings import MemorySettings
 from longfactory.testing import run_ranks
-from memory_models import assert_same_gradients, gradients, make_model, run
+from memory_models import ALL, IN_SEGMENTS, assert_same_gradients, gradients, make_model, run
 
 pytestmark = pytest.mark.processes
 
-MiB = 2**20
-ALL = MemorySettings(
-    keep_attention=1.0,
-    offload="inputs+attention",
-    pool_bytes=64 * MiB,
-    last_layers_on_gpu=1,
-    mlp_chunk=5,
-    attention_groups=2,
-)
-SEGMENTS = MemorySettings(
-    segment_layers=2, keep_attention=0.5, offload="inputs", pool_bytes=64 * MiB, mlp_chunk=8
-)
 KEPT = MemorySettings(keep_attention=1.0, keep_mlp=1.0, mlp_chunk=5)
 
 
@@ -34,16 +22,16 @@ KEPT = MemorySettings(keep_attention=1.0, keep_mlp=1.0, mlp_chunk=5)
     [
         ("llama", ALL, "fsdp2", "memory"),
         ("qwen3", ALL, "fsdp2", "wrap"),
-        ("qwen2", SEGMENTS, "fsdp2", "memory"),
+        ("qwen2", IN_SEGMENTS, "fsdp2", "memory"),
         ("gemma2", ALL, "fsdp2", "memory"),
-        ("gemma2", SEGMENTS, "fsdp2", "wrap"),
+        ("gemma2", IN_SEGMENTS, "fsdp2", "wrap"),
         ("qwen3_moe", ALL, "fsdp2", "memory"),
         ("qwen2", ALL, "ddp", "memory"),
         ("qwen3_moe", KEPT, "fsdp2", "memory"),
         pytest.param("qwen3_moe", KEPT, "ddp", "memory", marks=pytest.mark.slow),
         pytest.param("gpt_oss", KEPT, "fsdp2", "wrap", marks=pytest.mark.slow),
         pytest.param("gpt_oss", ALL, "fsdp2", "wrap", marks=pytest.mark.slow),
-        pytest.param("qwen3_moe", SEGMENTS, "ddp", "memory", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", IN_SEGMENTS, "ddp", "memory", marks=pytest.mark.slow),
         pytest.param("olmo2", ALL, "fsdp2", "memory", marks=pytest.mark.slow),
     ],
 )
@@ -67,7 +55,7 @@ def test_lora_on_two_ranks(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["ulysses", "llama3"])
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
-@pytest.mark.parametrize("settings", [ALL, SEGMENTS], ids=["all", "segments"])
+@pytest.mark.parametrize("settings", [ALL, IN_SEGMENTS], ids=["all", "segments"])
 def test_other_schedules(settings, kind, mode, monkeypatch):
     model = make_model(kind, monkeypatch)
     run(model)

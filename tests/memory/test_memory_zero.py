@@ -7,11 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from test_memory_parallel import ALL, SEGMENTS
 
 import memory_ranks
 from longfactory.testing import RankPool
-from memory_models import assert_same_gradients, gradients, make_model, run
+from memory_models import ALL, IN_SEGMENTS, assert_same_gradients, gradients, make_model, run
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -29,7 +28,7 @@ def pool() -> Iterator[RankPool]:
     ("kind", "settings", "stage", "lora"),
     [
         ("llama", ALL, 3, False),
-        ("qwen2", SEGMENTS, 3, False),
+        ("qwen2", IN_SEGMENTS, 3, False),
         ("gemma2", ALL, 3, False),
         ("qwen3_moe", ALL, 3, False),
         ("qwen2", ALL, 2, False),

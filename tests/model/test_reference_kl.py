@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_token_logprobs import IDS, MODELS, T, f64, gradients, lora, some_labels
 from torch import Tensor
 
 from largest_tensor import LargestTensor
 from longfactory.model.token_logprobs import TokenLogprobs
 from longfactory.testing import tiny_model
 from longfactory.train.reference import as_reference
+from output_models import IDS, MODELS, T, f64, gradients, lora, some_labels
 
 OTHERS = {
     "plain": lambda: f64("llama", seed=5, tie_word_embeddings=False),

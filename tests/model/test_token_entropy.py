@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_token_logprobs import IDS, MODELS, gradients, some_labels
 
 from longfactory.errors import UserError
 from longfactory.model.token_logprobs import TokenLogprobs
@@ -14,6 +13,7 @@ from longfactory.stages.kto import KTOStage
 from longfactory.stages.preference import PreferenceStage
 from longfactory.stages.tokens import TokenStage
 from longfactory.testing import tiny_model
+from output_models import IDS, MODELS, gradients, some_labels
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])

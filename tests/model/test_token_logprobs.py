@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from largest_tensor import LargestTensor
 from longfactory.model.token_logprobs import (
@@ -21,61 +20,7 @@ from longfactory.model.token_logprobs import (
     logit_transform,
 )
 from longfactory.testing import tiny_model
-
-T = 23
-IDS = torch.randint(3, 97, (1, T), generator=torch.Generator().manual_seed(0))
-
-
-def some_labels() -> Tensor:
-    labels = torch.cat([IDS[0, 1:], torch.tensor([-100])])
-    labels[4:9] = -100
-    return labels
-
-
-def lora(model: Any, **kwargs: Any) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(model, LoraConfig(r=3, **kwargs))
-    generator = torch.Generator().manual_seed(2)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data = torch.randn(p.shape, generator=generator).to(p) * 0.1
-    return model.double()
-
-
-def with_bias(model: Any) -> Any:
-    head = model.get_output_embeddings()
-    head.bias = nn.Parameter(torch.linspace(-1, 1, head.out_features, dtype=torch.float64))
-    return model
-
-
-def f64(family: str, **overrides: Any) -> Any:
-    return tiny_model(family, dtype=torch.float64, **overrides)
-
-
-MODELS: dict[str, Callable[[], Any]] = {
-    "plain": lambda: f64("llama", tie_word_embeddings=False),
-    "bias": lambda: with_bias(f64("llama", tie_word_embeddings=False)),
-    "tied": lambda: f64("llama", tie_word_embeddings=True),
-    "softcap": lambda: f64("gemma2", final_logit_softcapping=2.0),
-    "multiplied": lambda: f64("cohere", logit_scale=0.3),
-    "divided": lambda: f64("granite", logits_scaling=3.0),
-    "lora on the head": lambda: lora(
-        f64("llama", tie_word_embeddings=False), target_modules=["q_proj", "lm_head"]
-    ),
-    "modules to save": lambda: lora(
-        f64("llama", tie_word_embeddings=False),
-        target_modules=["q_proj"],
-        modules_to_save=["lm_head"],
-    ),
-    "lora elsewhere": lambda: lora(
-        f64("llama", tie_word_embeddings=True), target_modules=["q_proj"]
-    ),
-    "lora, softcap": lambda: lora(
-        f64("gemma2", final_logit_softcapping=2.0, tie_word_embeddings=False),
-        target_modules=["lm_head"],
-    ),
-}
+from output_models import IDS, MODELS, T, f64, gradients, some_labels
 
 
 def of_logits(model: Any, labels: Tensor) -> Tensor:
@@ -84,14 +29,6 @@ def of_logits(model: Any, labels: Tensor) -> Tensor:
         model(input_ids=IDS).logits[0].log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
     )
     return torch.where(labels >= 0, logps, 0.0)
-
-
-def gradients(model: Any) -> dict[str, Tensor | None]:
-    return {
-        name: None if p.grad is None else p.grad.clone()
-        for name, p in model.named_parameters()
-        if p.requires_grad
-    }
 
 
 @pytest.mark.parametrize("chunk", [5, None])

@@ -6,15 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import BRANCHES, PACKED, compare
-from test_tiles import segmented_rows
 
+from attention_ranks import BRANCHES, PACKED, compare
 from longfactory.sp import Segment, bulk, kernels
 from longfactory.sp.bulk import bulk_tiles
 from longfactory.sp.layout import balanced
 from longfactory.sp.plan import HALO, MaskPlan
 from longfactory.sp.tiles import Mask, Tile
 from longfactory.testing import run_ranks
+from segmented_rows import segmented_rows
 
 
 def count(tiles: tuple[Tile, ...], rows: int, cols: int) -> torch.Tensor:

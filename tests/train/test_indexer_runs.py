@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_verify import ZERO, sharded, verified
 
 from longfactory.testing import RankPool, run_ranks
 from tiny_folders import with_tiny
+from verify_ranks import ZERO, sharded, verified
 
 
 def with_family(sft_keys: dict[str, Any], family: str) -> dict[str, Any]:

@@ -21,41 +21,13 @@ from longfactory.sp import hf
 from longfactory.testing import run_ranks, tiny_model
 from longfactory.train import predict as module
 from longfactory.train.predict import generate, predict, rouge, split_last_answer
-
-GREEDY = SimpleNamespace(
-    do_sample=False, temperature=1.0, top_p=1.0, top_k=50, num_beams=1, max_length=64, max_new_tokens=6, repetition_penalty=1.0,
-    length_penalty=1.0, skip_special_tokens=True,
-)  # fmt: skip
-
-
-def make_tokenizer() -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(
-        models.WordLevel(
-            {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, 97)}},
-            unk_token="<pad>",
-        )
-    )
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", bos_token="<s>"
-    )
+from predicted import DOCUMENTS, GREEDY, make_tokenizer
 
 
 def prepared_model(ctx: sp.SequenceParallel) -> Any:
     model = tiny_model("qwen2", seed=4)
     hf.prepare(model, ctx)
     return model
-
-
-DOCUMENTS = [
-    TokenizedDocument(
-        [3 + i, 4, 5, *range(20, 20 + i), 9, 2], [IGNORE] * (3 + i) + [9, 2], sample=i
-    )
-    for i in range(5)
-]  # prompts of 3 to 7 tokens
 
 
 def make_trainer(folder: Path, ctx: sp.SequenceParallel, batch: int = 2) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from test_verify import verified
 
 from longfactory.testing import run_ranks
 from tiny_folders import with_tiny
+from verify_ranks import verified
 
 FAMILIES = ("qwen3_5_text", "kimi_linear", "nemotron_h", "lfm2")
 CASES: dict[str, dict[str, Any]] = {
