@@ -369,8 +369,8 @@ def _load_saved(
 ) -> Datasets:
     log.warning(
         f"The data are read from tokenized_path ({path}): dataset, template, val_size and other"
-        " keys of reading rows have no effect. cutoff_len, train_on_prompt and mask_history are this"
-        " run's, except in folders that LLaMA-Factory wrote."
+        " keys of reading rows have no effect. cutoff_len, train_on_prompt and mask_history are"
+        " this run's, except in folders that LLaMA-Factory wrote."
     )
     facts = media.facts() if isinstance(media, Processing) else None
     why = media.reason if isinstance(media, Unusable) else None
