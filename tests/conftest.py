@@ -15,6 +15,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import process_state
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests without a GPU are for CPUs on a machine with GPUs as well: their processes are more
+    than its GPUs, and what they expect is of a CPU.
+    """
+    if "not gpu" in config.getoption("markexpr"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_changed(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that leaves its process changed fails, not one that comes after it. Of GPU tests,

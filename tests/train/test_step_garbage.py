@@ -106,6 +106,7 @@ def frozen_at_steps(words: list[str], cache: str, watched: bool) -> list[int]:
 
     RowTrainer.training_step = counted  # type: ignore[method-assign]
     gc.unfreeze()
+    always = gc.get_freeze_count()  # Python 3.12 has some of its own
     watch = begin() if watched else None
     try:
         run(load_config(words), watch)
@@ -113,7 +114,7 @@ def frozen_at_steps(words: list[str], cache: str, watched: bool) -> list[int]:
         if watch is not None:
             watch.close()
         RowTrainer.training_step = original  # type: ignore[method-assign]
-    return [*counts, gc.get_freeze_count()]
+    return [count - always for count in (*counts, gc.get_freeze_count())]
 
 
 @pytest.mark.parametrize("watched", [True, False])
