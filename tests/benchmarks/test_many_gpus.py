@@ -183,7 +183,9 @@ def test_products_of_a_step_are_counted(checkpoint: bool) -> None:
 
     found = passes(step, config, 96)
     assert found["MLP"] == pytest.approx(11 / 3 if checkpoint else 3)
-    assert (found["projections"], found["output layer"]) == (4.0 if checkpoint else 3.0, 3.0)
+    # older versions of transformers multiply positions by frequencies as matrices
+    assert found["projections"] == pytest.approx(4.0 if checkpoint else 3.0, rel=2e-4)
+    assert found["output layer"] == 3.0
 
 
 def test_parity_keeps_a_row_when_its_three_runs_have_ended(

@@ -94,6 +94,14 @@ def stay_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("float", "to", "type", "softmax", "sum"):
         patch(Tensor, name)
     patch(torch.nn.functional, "softmax")
+    product = Tensor.__matmul__
+
+    def of_one_type(x: Tensor, y: Tensor) -> Tensor:
+        """Rotary angles of older versions of transformers: frequencies by positions."""
+        kind = torch.promote_types(x.dtype, y.dtype)
+        return product(x.to(kind), y.to(kind))
+
+    monkeypatch.setattr(Tensor, "__matmul__", of_one_type)
 
 
 def make(

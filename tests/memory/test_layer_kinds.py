@@ -30,7 +30,7 @@ from longfactory.sp import hf
 from longfactory.sp.layout import Segment
 from longfactory.sp.recurrent.layers import mixer_of
 from longfactory.sp.text_model import decoder_layers
-from longfactory_dev.tiny_models import tiny_config, tiny_model
+from longfactory_dev.tiny_models import is_made_here, tiny_config, tiny_model
 
 TOKENS = 64
 # Each has something that the others have not: windows of all layers and of some, two dims of heads,
@@ -390,6 +390,7 @@ def test_indexer_layers_are_counted() -> None:
         assert (bare_layer(job).attention > bare_layer(without).attention) == more
 
 
+@pytest.mark.skipif(not is_made_here("dots3_note_text"), reason="not in this transformers")
 def test_saved_attention_outputs_are_those_of_the_widest_layer() -> None:
     """Layers of dots3.note differ in their heads: their configuration names no number for all."""
     model = tiny_model("dots3_note_text", torch.bfloat16)

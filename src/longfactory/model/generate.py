@@ -79,7 +79,8 @@ def attention_with_cache(model: Any) -> Iterator[None]:
     before = inner.config._attn_implementation
     text = inner.config.get_text_config()
     decoders = [m for m in inner.modules() if isinstance(m, PreTrainedModel) and m.config is text]
-    name = "sdpa" if all(m._supports_sdpa for m in decoders) else "eager"
+    can = all(m._supports_sdpa for m in decoders) and not hf.has_softcap(text)
+    name = "sdpa" if can else "eager"
     inner.set_attn_implementation(hf.of_text(inner.config, name))
     try:
         yield

@@ -285,6 +285,8 @@ def load_model(
     """
     path, extra = resolve(args.model_name_or_path)
     kind = class_of(args, config)
+    if attention is None and hf.has_softcap(config.get_text_config()):
+        attention = "eager"
     implementation = None if attention is None else hf.of_text(kind.config, attention)
     if args.train_from_scratch:
         with torch.device(device or "cpu"):

@@ -524,11 +524,18 @@ def kernel_requests(
     types = getattr(text, "layer_types", None)
     used = getattr(text, "use_sliding_window", True)
     windows = windowed and used and (types is None or "sliding_attention" in types)
-    softcap = bool(getattr(text, "attn_logit_softcapping", None))
+    softcap = has_softcap(text)
     group = max(_group(layer) for layer in layer_configs(text))
     return start.requests_of(
         ctx.device_type, dtype, head_dims(config), windows=windows, softcap=softcap, group=group
     )
+
+
+def has_softcap(text: Any) -> bool:
+    """Whether attention scores of a text decoder have a soft-cap. PyTorch's attention has none, and
+    transformers before 5.21 takes it for such decoders all the same.
+    """
+    return bool(getattr(text, "attn_logit_softcapping", None))
 
 
 def _group(config: Any) -> int:
