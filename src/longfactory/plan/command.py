@@ -8,6 +8,7 @@ import logging
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from longfactory.plan.sizes import SIZES, model_folder
 from longfactory.plan.table import Compared, compare, longest_ways, table, with_other_memory
 from longfactory.plan.write import chosen_keys, write
 from longfactory.shard.settings import in_words
+from longfactory.terminal import NOISE
 from longfactory.train.auto import WORTH, Planned, Way
 
 if TYPE_CHECKING:
@@ -334,11 +336,13 @@ def main(argv: list[str] | None = None) -> int:
         if path is not None:
             check(path)
     run = words_of(a)
-    if a.model is None:
-        return plan(a, run, f"longfactory plan {shlex.join(words)}")
-    with model_folder(a.model) as folder:
-        run.append(f"model_name_or_path={folder}")
-        return plan(a, run, f"longfactory plan {shlex.join(words)}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=NOISE.pattern)
+        if a.model is None:
+            return plan(a, run, f"longfactory plan {shlex.join(words)}")
+        with model_folder(a.model) as folder:
+            run.append(f"model_name_or_path={folder}")
+            return plan(a, run, f"longfactory plan {shlex.join(words)}")
 
 
 def check_target(run: Sequence[str], path: Path) -> None:
