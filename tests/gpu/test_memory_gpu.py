@@ -154,11 +154,9 @@ def test_trajectory_is_that_of_adamw_on_fp32_weights(placement, monkeypatch):
         plain.step()
     assert opt.state[next(model.parameters())]["exp_avg"].is_cuda == (placement == "gpu")
     for p, e in zip(model.parameters(), exact, strict=True):
-        # The host's instructions round otherwise than the GPU's, a few units in the last place over
-        # 20 steps.
+        # The kernel of one pass and the host's instructions round otherwise than PyTorch's kernel, a
+        # few units in the last place over 20 steps.
         assert float((opt.master(p) - e).norm() / e.norm()) < 1e-6
-        if placement == "gpu":
-            assert torch.equal(opt.master(p), e)
 
 
 @pytest.mark.parametrize("placement", ["gpu", "host"])
