@@ -163,6 +163,22 @@ def test_positions_that_are_stretched_are_stretched_from_where_they_were_trained
     assert untouched.rope_parameters["factor"] == 2.0
 
 
+@pytest.mark.parametrize(("factor", "want"), [(8.0, 16.0), (32.0, 64.0)])
+def test_llama_s_factor_is_not_one_of_lengths(
+    factor: float, want: float, folder: Path, tmp_path: Path
+) -> None:
+    """Llama 3.1 was trained for 131,072 positions with 8 over 8,192, Llama 3.2 with 32: twice as
+    many positions take twice the factor.
+    """
+    own = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 512}
+    own |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    made = stretched(folder, tmp_path, own, 8192)
+    assert rope.reach(load.load_config(arguments(made), 0)) == (8192, 8192)
+    config = load.load_config(arguments(made, rope_scaling="llama3"), 16384)
+    assert config.rope_parameters == {**own, "factor": want, "rope_theta": 10000.0}
+    assert config.max_position_embeddings == 16384
+
+
 def test_another_kind_takes_the_trained_length_alone(folder: Path, tmp_path: Path) -> None:
     own = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}
     own |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}

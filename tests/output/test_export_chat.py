@@ -171,6 +171,18 @@ def test_an_adapter_is_merged_into_the_positions_that_it_was_trained_with(
     assert not torch.allclose(logits(stretched), logits(PeftModel.from_pretrained(tiny(), adapter)))
 
 
+def test_an_adapter_is_used_where_its_own_run_stretched_nothing(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    adapt(tiny(), tmp_path / "adapter", 1)
+    (tmp_path / "adapter" / "longfactory.yaml").write_text("rope_scaling: yarn\ncutoff_len: 64\n")
+    run = load_config(words(folder, adapter_name_or_path=tmp_path / "adapter"), command="chat")
+    loaded, _ = load(run, torch.device("cpu"))
+    want = PeftModel.from_pretrained(tiny(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(want), rtol=0, atol=1e-5)
+    assert "rope_scaling: yarn has no effect" in caplog.text
+
+
 def test_another_template_than_that_of_the_training_is_told(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

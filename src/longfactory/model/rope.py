@@ -23,6 +23,7 @@ def reach(config: Any) -> tuple[int, int] | None:
 
     Checkpoints differ in whether `max_position_embeddings` counts a stretch: Qwen's model cards add
     YaRN and leave it, Gemma 3 counts its linear factor, which does not say from where it stretches.
+    Llama 3's factor is of wavelengths, not of lengths: 8 over 8,192 for 131,072, or 32.
     """
     text = config.get_text_config()
     own = getattr(text, "max_position_embeddings", None)
@@ -30,6 +31,8 @@ def reach(config: Any) -> tuple[int, int] | None:
         return None
     rope = _turned(text)
     before = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "llama3" and before and own > before:
+        return own, own
     most = max(own, int((before or own) * (rope.get("factor") or 1)))
     unknown = before is None and rope.get("rope_type") == "linear"
     return (own if unknown else most), most
@@ -75,12 +78,16 @@ def stretch(config: Any, kind: str, cutoff_len: int) -> None:
             " (original_max_position_embeddings). Leave rope_scaling out and edit rope_parameters"
             " and max_position_embeddings there."
         )
-    trained = rope.get("original_max_position_embeddings") or text.max_position_embeddings
+    trained = original = rope.get("original_max_position_embeddings") or (
+        text.max_position_embeddings
+    )
+    if own == kind == "llama3":
+        trained = far[0] / rope["factor"]  # from where its factor would be one of lengths
     if own != kind:
         rope = {name: value for name, value in rope.items() if name not in STRETCHES}
     rope.update(rope_type=kind, factor=float(math.ceil(cutoff_len / trained)))
     if kind in ("yarn", "llama3", "dynamic"):
-        rope["original_max_position_embeddings"] = trained
+        rope["original_max_position_embeddings"] = original
     if kind == "llama3":
         rope = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} | rope
     text.rope_parameters = {**given, "full_attention": rope} if by_layer else rope

@@ -127,7 +127,10 @@ def _check_positions(cfg: RunConfig, config: Any) -> None:
         return
     before = models.load_config(dataclasses.replace(cfg.model, rope_scaling=None), 0)
     words, warns = rope.in_words(before, config, kind, cfg.known_cutoff_len)
-    if cfg.model.adapter_name_or_path and not rope.differ(before, config):
+    adapters = cfg.model.adapter_name_or_path
+    # with its own run's keys an adapter has the positions it was trained with: unstretched ones
+    own = rope.Trained(kind, cfg.known_cutoff_len)
+    if adapters and not rope.differ(before, config) and rope.of_adapter(adapters[-1]) != own:
         raise UserError(f"{words} Set cutoff_len to that of the run that trained the adapter.")
     log.log(logging.WARNING if warns else logging.INFO, words)
 
