@@ -23,9 +23,9 @@ NORM = "model.layers.1.post_attention_layernorm"
 KEY = "Set ddp_find_unused_parameters: true"
 
 
-def passed_by(keys: dict[str, Any]) -> list[float]:
-    """Body of a rank: losses of a run in which the second process goes past a norm in its third row
-    and later.
+def passed_by(keys: dict[str, Any], first: int = 3) -> list[float]:
+    """Body of a rank: losses of a run in which the second process goes past a norm from some row
+    on.
     """
     from longfactory.config import from_mapping
     from longfactory.sp import hf
@@ -43,7 +43,7 @@ def passed_by(keys: dict[str, Any]) -> list[float]:
         trainers.append(self)
         rows += 1
         norm = hf.unwrap(model).get_submodule(NORM)
-        if rows < 3 or dist.get_rank() == 0:
+        if rows < first or dist.get_rank() == 0:
             return own(self, model, *args, **kwargs)
         with mock.patch.object(norm, "forward", lambda x: x):
             return own(self, model, *args, **kwargs)
@@ -78,6 +78,14 @@ def test_a_gradient_that_one_process_lacks_ends_the_run_with_its_name(tmp_path: 
         cpu_sharding.on_ranks_of_their_own(2, 120, passed_by, keys_of(tmp_path))
     assert f"from the rows of this process: {NORM}.weight. With DDP" in str(found.value)
     assert KEY in str(found.value)
+
+
+def test_a_gradient_of_an_earlier_micro_batch_is_not_taken_for_it(tmp_path: Path) -> None:
+    """Of the run's only step the norm has a gradient from all rows but the last."""
+    keys = {**keys_of(tmp_path, gradient_accumulation_steps=4), "max_steps": 1}
+    with pytest.raises(RankError) as found:
+        cpu_sharding.on_ranks_of_their_own(2, 60, passed_by, keys, 4)
+    assert f"from the rows of this process: {NORM}.weight. With DDP" in str(found.value)
 
 
 def test_with_the_key_that_is_named_the_run_goes_on(tmp_path: Path) -> None:

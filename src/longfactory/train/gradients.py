@@ -85,22 +85,27 @@ def refuse_unused(trainer: RowTrainer) -> None:
         )
 
 
-def refuse_missing(model: nn.Module, optimizer: Any) -> None:
-    """Under DDP, after the backward pass of a step, on a process that has no gradient for what
+def refuse_missing(model: nn.Module) -> None:
+    """Under DDP, after the backward pass that sums gradients, on a process that had none for what
     others have one for: an expert that no token of its row chose. The others wait for it, and the
     next message of this process would be taken for that gradient. Not collective.
 
+    DDP is asked, as a parameter may hold the gradient of an earlier micro-batch.
+
     Args:
         model: as it is wrapped.
-        optimizer: of its trained parameters.
     Raises:
         UserError: names the parameters, and the key to set.
     """
     if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
         return
-    trained = (p for group in optimizer.param_groups for p in group["params"])
-    if any(p.requires_grad and p.grad is None for p in trained):
-        raise UserError(_missing(without_gradient(model)))
+    try:
+        model._check_reducer_finalized()
+    except RuntimeError as error:
+        said = explain_unreduced(error, model)
+        if said is None:
+            raise
+        raise UserError(said) from error
 
 
 def explain_unreduced(error: RuntimeError, model: nn.Module) -> str | None:

@@ -460,7 +460,7 @@ class RowTrainer(ResumableTrainer):
         with contextlib.nullcontext() if optimizer is None else optimizer.during_backward(last):
             loss = super().training_step(*args, **kwargs)
         if optimizer is None and last:
-            refuse_missing(self.model_wrapped, self.optimizer)
+            refuse_missing(self.model_wrapped)
         self.numbers.add(loss)
         if optimizer is not None and self.args.gradient_accumulation_steps > 1:
             optimizer.accumulate(last=last)
