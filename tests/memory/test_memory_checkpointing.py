@@ -468,3 +468,20 @@ def test_several_sequences_are_computed_whole() -> None:
         expected = model(input_ids=ids).logits
         apply_memory(model, MemorySettings(mlp_chunk=4))
         assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_the_last_norm_runs_in_short_chunks(monkeypatch):
+    """Of layers that work on all tokens at once too."""
+    monkeypatch.setattr(importlib.import_module("longfactory.memory.apply"), "_NORM_TOKENS", 16)
+    model = make_model("qwen3", monkeypatch)
+    loss = run(model)
+    wanted = gradients(model)
+    model.zero_grad()
+    apply(model, MemorySettings(), "auto")
+    norm, lengths = model.model.norm, []
+    own = norm.forward.forward
+    norm.forward.forward = lambda x: (lengths.append(x.shape[-2]), own(x))[1]
+    again = run(model)
+    assert float((again - loss).abs()) < 1e-12
+    assert_same_gradients(gradients(model), wanted)
+    assert max(lengths) == 16 < sum(lengths) / 2

@@ -14,7 +14,7 @@ from longfactory.memory.shapes import TrainingJob
 
 def temporary_bytes(job: TrainingJob, kind: LayerKind) -> float:
     """Of the MLP, projections and norms of one layer."""
-    return _around(job, kind) + _mlp(job, kind, recomputed=True) + job.router_bytes(kind)
+    return _around(job, kind) + _mlp(job, kind) + job.router_bytes(kind)
 
 
 def beyond_saved_bytes(job: TrainingJob, kind: LayerKind) -> float:
@@ -24,7 +24,7 @@ def beyond_saved_bytes(job: TrainingJob, kind: LayerKind) -> float:
     """
     if not kind.one_kernel_gate:
         return temporary_bytes(job, kind)
-    mixture = _mlp(job, kind, recomputed=False) - _stored_mlp(job, kind)
+    mixture = _mlp(job, kind) - _stored_mlp(job, kind)
     around = _around(job, kind) - 3 * job.hidden_bytes
     return around + mixture + job.router_bytes(kind)
 
@@ -35,7 +35,7 @@ def beyond_stored_bytes(job: TrainingJob, kind: LayerKind) -> float:
     """
     if not kind.one_kernel_gate:
         return temporary_bytes(job, kind) / 2
-    mixture = _mlp(job, kind, recomputed=False) - _stored_mlp(job, kind)
+    mixture = _mlp(job, kind) - _stored_mlp(job, kind)
     return (_around(job, kind) + job.router_bytes(kind)) / 2 + mixture
 
 
@@ -50,22 +50,19 @@ def _around(job: TrainingJob, kind: LayerKind) -> float:
     return float(around * job.hidden_bytes)
 
 
-def _mlp(job: TrainingJob, kind: LayerKind, recomputed: bool) -> float:
+def _mlp(job: TrainingJob, kind: LayerKind) -> float:
     """Six numbers of the MLP's width; two more with PEFT's adapters, which compute with wide copies
     of what they are given.
 
     Shared experts stand beside routed ones: while one of the two is in its backward, of the other
     there is what autograd stores, and what it makes, gated or not. What both make and their sum are
     two numbers more of the width of hidden states, five with what an adapter adds.
-
-    Args:
-        recomputed: the forward pass is among what is counted.
     """
     adapters, width = job.shape.adapters, job.shape.width
     inner = 8 if adapters and not job.written(kind) else 6
     if not kind.experts:
         return float(inner * width * kind.dense_width)
-    most = _expert_bytes(job, kind, recomputed)
+    most = _expert_bytes(job, kind)
     if not kind.one_kernel_gate:
         return inner * width * kind.dense_width + most
     if not kind.shared_width:
@@ -81,7 +78,7 @@ def _stored_mlp(job: TrainingJob, kind: LayerKind) -> float:
     return stored_expert_bytes(job, kind) + 4.0 * job.shape.width * kind.shared_width
 
 
-def _expert_bytes(job: TrainingJob, kind: LayerKind, recomputed: bool) -> float:
+def _expert_bytes(job: TrainingJob, kind: LayerKind) -> float:
     """That routed experts hold at most, what autograd stores of them included: H numbers of what
     goes in and comes out of each product, I of what is between them, and their gradients.
 
@@ -89,7 +86,7 @@ def _expert_bytes(job: TrainingJob, kind: LayerKind, recomputed: bool) -> float:
                  2 H + 4 I  that of the gate's product
                    H + 5 I  that of what the gate is given
         frozen   2 H + 2 I, H + 3 I, 5 I: without what only the weights' gradients read
-        adapted  as trained; 4 H + 3 I, H + 6 I in forward: a product, its adapter's, their sum
+        adapted  as trained: an adapter's product is added to the weight's in place
     """
     outer, inner = kind.used * kind.hidden, kind.expert_width
     if not kind.one_kernel_gate:
@@ -98,8 +95,6 @@ def _expert_bytes(job: TrainingJob, kind: LayerKind, recomputed: bool) -> float:
         numbers = max(2 * outer + 2 * inner, outer + 3 * inner, 5 * inner)
     else:
         numbers = max(3 * outer + 3 * inner, 2 * outer + 4 * inner, outer + 5 * inner)
-    if job.shape.adapted_experts and recomputed:
-        numbers = max(4 * outer + 3 * inner, outer + 6 * inner)
     return job.shape.width * (numbers + 2 * _adapter_ranks(job, kind)) + _routes(job, kind)
 
 

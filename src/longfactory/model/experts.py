@@ -243,7 +243,9 @@ def _experts(
             weight = in_autocast(weight)
             x = x.to(weight.dtype)
             y = grouped_mm(x, weight if base.is_transposed else weight.transpose(1, 2), offsets)
-        return y + low_rank(wrappers[name], adapter, x, offsets) if name in wrappers else y
+        if name in wrappers:
+            y += low_rank(wrappers[name], adapter, x, offsets)  # in place: it is [S, out], too
+        return y
 
     def bias(name: str) -> Tensor | None:
         """[E, out]"""
