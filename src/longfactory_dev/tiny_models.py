@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -275,23 +273,6 @@ def real_heads(family: str) -> dict[str, Any]:
 _LINEAR = ("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim")
 """Of recurrences: the norm of a narrow head's output divides by what may be nearly nothing."""
 _LATENT = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim")
-
-
-TESTED = Version("5.23")
-"""The transformers of constraints.txt."""
-
-
-def is_made_here(family: str) -> bool:
-    """Whether the transformers that is installed has the family and makes its configuration: one
-    that is older than the tests' own has fewer, and refuses fields of some (DBRX).
-    """
-    if Version(transformers.__version__) >= TESTED:
-        return True
-    try:
-        tiny_config(family)
-    except (KeyError, ValueError):
-        return False
-    return True
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from families_here import is_made_here
 from longfactory import sp
 from longfactory.memory import layer_kinds, norms
 from longfactory.memory.apply import apply_memory
@@ -30,7 +31,7 @@ from longfactory.sp import hf
 from longfactory.sp.layout import Segment
 from longfactory.sp.recurrent.layers import mixer_of
 from longfactory.sp.text_model import decoder_layers
-from longfactory_dev.tiny_models import is_made_here, tiny_config, tiny_model
+from longfactory_dev.tiny_models import tiny_config, tiny_model
 
 TOKENS = 64
 # Each has something that the others have not: windows of all layers and of some, two dims of heads,

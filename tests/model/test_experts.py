@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from families_here import is_made_here
 from longfactory.config.arguments import FinetuningArguments, ModelArguments
 from longfactory.errors import UserError
 from longfactory.memory.expert_forms import gates_clamped, gates_plainly, of_interface
 from longfactory.model import experts
 from longfactory.model.adapters import apply_finetuning
 from longfactory.model.trained_parameters import describe_trained
-from longfactory_dev.tiny_models import is_made_here, tiny_model
+from longfactory_dev.tiny_models import tiny_model
 
 IDS = torch.randint(3, 250, (1, 24), generator=torch.Generator().manual_seed(0))
 ATTENTION = {f"{name}_proj" for name in "qkvo"}

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from families_here import is_made_here
 from longfactory.data.module import Datasets
 from longfactory.errors import UserError
 from longfactory.train.prepare import beyond_positions, check_evaluation
 from longfactory_dev.layers import exact_families
-from longfactory_dev.tiny_models import is_made_here, tiny_config
+from longfactory_dev.tiny_models import tiny_config
 
 
 @pytest.mark.parametrize(

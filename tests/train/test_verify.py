@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from embedded_model import needs_embedded_model
+from families_here import is_made_here
 from longfactory.data.assemble import Rules
 from longfactory.data.kinds import KINDS
 from longfactory.data.row import TokenizedDocument, make_row
@@ -33,7 +34,7 @@ from longfactory.train.verify import (
 from longfactory.train.verify.alone import texts_of
 from longfactory.train.verify.cost import _shape
 from longfactory.train.verify.rows import exercises, lengthened, padded, parted, windows_of
-from longfactory_dev.tiny_models import is_made_here, tiny_config
+from longfactory_dev.tiny_models import tiny_config
 from planted import LORA
 from small_runs import write_model
 from verify_faults import healthy, told, with_family
