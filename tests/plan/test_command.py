@@ -89,7 +89,7 @@ def test_quantised_and_adapted_weights_are_counted(run, capsys):
     lora = planned(capsys, *words, "finetuning_type=lora", "lora_rank=8")
     four = planned(capsys, *words, "finetuning_type=lora", "lora_rank=8", "quantization_bit=4")
     assert "0.02 B trained" in lora
-    assert item(lora, "weights") == pytest.approx(14.2, abs=0.1)
+    assert item(lora, "weights") == pytest.approx(14.3, abs=0.1)  # 14.19, and 0.08 of adapters
     linear, rest = 6.525e9, 1.090e9
     assert item(four, "weights") == pytest.approx((0.516 * linear + 2 * rest) / 2**30, abs=0.1)
 

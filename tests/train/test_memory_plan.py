@@ -95,6 +95,28 @@ def test_counts_are_those_of_the_model_that_is_trained(name: str, model: str) ->
     )
 
 
+@pytest.mark.parametrize("keys", [{"resize_vocab": True}, {"add_tokens": ["<new>"]}])
+def test_embeddings_that_new_tokens_train_beside_an_adapter_are_counted(
+    keys: dict[str, Any], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of what such a run trains."""
+    lora = {"finetuning_type": "lora", "lora_rank": 3}
+    plain, cfg = configured(model, **lora), configured(model, **lora, **keys)
+    config = AutoConfig.from_pretrained(model)
+    counts, before = count_parameters(cfg, config), count_parameters(plain, config)
+    real = AutoModelForCausalLM.from_config(config)
+    total = sum(p.numel() for p in real.parameters())
+    real = adapters.apply_finetuning(real, cfg.method, cfg.model, new_tokens=True)
+    trained = sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert (counts.total, counts.trained, counts.head) == (total, trained, True)
+    assert counts.trained > before.trained + 600 * config.hidden_size and not before.head
+    more, less = (planned(run, monkeypatch).plan.job for run in (cfg, plain))
+    copies = more.shape.trainable - less.shape.trainable
+    assert copies == 2 * more.shape.head_parameters, "the embedding and the output layer of 7B"
+    assert more.weight_bytes - less.weight_bytes == 4 * copies, "in float32, beside the frozen ones"
+    assert more.gradient_bytes - less.gradient_bytes == 4 * copies
+
+
 def test_an_adapter_that_goes_on_is_estimated(model: str, tmp_path: Path) -> None:
     cfg = configured(model, finetuning_type="lora", adapter_name_or_path=str(tmp_path))
     counts = count_parameters(cfg, AutoConfig.from_pretrained(model))

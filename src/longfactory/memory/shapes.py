@@ -41,8 +41,10 @@ class ModelShape:
 
     @property
     def frozen_bytes(self) -> float:
-        """Of the weights that are not trained."""
-        frozen = self.parameters - self.trainable
+        """Of the weights that are not trained: with adapters of all that the model has, as those,
+        and modules that are trained beside them, are copies.
+        """
+        frozen = self.parameters - (0 if self.adapters else self.trainable)
         quantized = min(self.quantized, frozen)
         return self.width * (frozen - quantized) + self.quantized_bytes * quantized
 

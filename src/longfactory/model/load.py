@@ -150,6 +150,11 @@ def has_new_tokens(args: Any, tokenizer: Any) -> bool:
     return bool(args.resize_vocab or getattr(tokenizer, "tokens_added", 0))
 
 
+def may_have_new_tokens(args: Any) -> bool:
+    """`has_new_tokens` by the keys alone: all of `add_tokens` may be in the vocabulary already."""
+    return bool(args.resize_vocab or args.add_tokens or args.add_special_tokens)
+
+
 def _names(value: Any) -> list[str]:
     return [v.strip() for v in value.split(",")] if isinstance(value, str) else list(value)
 

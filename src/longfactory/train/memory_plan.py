@@ -83,8 +83,8 @@ class Counts:
 
 
 def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False) -> Counts:
-    """Counts on a model without storage, made trainable as the run's will be. Tokens that
-    resize_vocab adds are not counted.
+    """Counts on a model without storage, made trainable as the run's will be: beside an adapter the
+    embeddings are trained where keys may bring new tokens. The rows that these add are not counted.
 
     Args:
         images: the run's rows have images.
@@ -123,7 +123,10 @@ def count_parameters(cfg: RunConfig, model_config: Any, *, images: bool = False)
             cfg.method, pissa_init=False, use_dora=False, init_lora_weights=None
         )
         model = adapters.apply_finetuning(
-            model, method, dataclasses.replace(cfg.model, adapter_name_or_path=())
+            model,
+            method,
+            dataclasses.replace(cfg.model, adapter_name_or_path=()),
+            new_tokens=load.may_have_new_tokens(cfg.model),
         )
     head = model.get_output_embeddings()
     head_trained = head is not None and any(p.requires_grad for p in head.parameters())

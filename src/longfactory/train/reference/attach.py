@@ -198,7 +198,7 @@ def reference_parts(cfg: RunConfig, dataset: Any) -> dict[str, Any]:
         and not cfg.method.create_new_adapter
     )
     # Tokens that are new to the embedding begin at random, and every softmax runs over them.
-    grown = _may_grow(cfg) and not other
+    grown = load.may_have_new_tokens(cfg.model) and not other
     bits = cfg.method.ref_model_quantization_bit if other else cfg.model.quantization_bit
     return {
         "model": name,
@@ -279,14 +279,8 @@ def check_ref_model(cfg: RunConfig, model_config: Any) -> None:
     except UserError as error:
         said = str(error).removeprefix("model_name_or_path: ")
         raise UserError(f"ref_model: {said}") from error
-    if not _may_grow(cfg):
+    if not load.may_have_new_tokens(cfg.model):
         reference.check_reference(model_config, config)
-
-
-def _may_grow(cfg: RunConfig) -> bool:
-    """Whether tokens may be new to the embedding."""
-    model = cfg.model
-    return bool(model.resize_vocab or model.add_tokens or model.add_special_tokens)
 
 
 def load_reference(
