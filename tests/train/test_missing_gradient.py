@@ -14,7 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import cpu_sharding
+from longfactory.errors import UserError
 from longfactory.testing import RankError, run_ranks
+from longfactory.train.gradients import refuse_unused
 from manual_runs import manual_run
 
 pytestmark = pytest.mark.processes
@@ -114,3 +116,13 @@ def unreduced() -> str | None:
 def test_torch_s_own_error_names_the_parameters_and_the_key() -> None:
     for said in run_ranks(2, unreduced, timeout=60):
         assert said is not None and ": second.weight. With DDP" in said and KEY in said
+
+
+def test_a_torch_without_the_method_that_finds_it_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(DistributedDataParallel, "_check_reducer_finalized")
+    model = mock.Mock(spec=DistributedDataParallel, find_unused_parameters=False)
+    trainer: Any = mock.Mock(model_wrapped=model)
+    with pytest.raises(UserError, match=r"_check_reducer_finalized.*ddp_find_unused_parameters"):
+        refuse_unused(trainer)

@@ -279,7 +279,8 @@ def load_model(
         config: from `load_config`.
         dtype: of the weights.
         attention: the registered attention name, for the text decoder; towers have their own. None:
-            the one that transformers takes for this family, which for some is not "sdpa".
+            the one that transformers takes for this family, which for some is not "sdpa"; the
+            model's own where its scores have a soft-cap, which older versions leave out.
         device: where random weights are made (`train_from_scratch`); pretrained weights are loaded
             on the host.
         quantization: from `quantization_config`, or None.

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("longfactory")
 
+_FINISHED = "_check_reducer_finalized"
+"""DDP's private method that raises where a gradient was missing: must be there at the start."""
+
 TOKENS = 64
 """Of the row that is tried, at least."""
 
@@ -51,6 +54,12 @@ def refuse_unused(trainer: RowTrainer) -> None:
     model = trainer.model_wrapped
     if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
         return
+    if not hasattr(model, _FINISHED):
+        raise UserError(
+            f"torch {torch.__version__} has no DistributedDataParallel.{_FINISHED}, by which a"
+            " missing gradient is found. Use torch 2.11 to 2.13, sharding: fsdp2, or set"
+            " ddp_find_unused_parameters: true."
+        )
     alignment = sp.alignment(trainer.ctx)
     length = -(-TOKENS // alignment) * alignment
     plan = sp.plan(length, (sp.Segment(0, length),), trainer.ctx)
@@ -100,7 +109,7 @@ def refuse_missing(model: nn.Module) -> None:
     if not isinstance(model, DistributedDataParallel) or model.find_unused_parameters:
         return
     try:
-        model._check_reducer_finalized()
+        getattr(model, _FINISHED)()
     except RuntimeError as error:
         said = explain_unreduced(error, model)
         if said is None:
